@@ -1,0 +1,321 @@
+"""Model directories: written a tensor at a time, restored straight onto their devices.
+
+A model directory holds `config.json`, `tokenizer.model` or `tokenizer.json`, `provenance.json`
+and `params/`, an Orbax PyTree checkpoint that stock Orbax restores. Kernels keep torch's
+[out, in] layout. `params/` is plain zarr, one array a tensor, uncompressed: weights do not
+compress, and an uncompressed chunk goes from the source to the file without another copy.
+
+Paths may be local or `gs://`. Conversion, quantization and the model itself are not known here.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import UserError
+
+Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
+
+CHUNK_BYTES = 256 << 20
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """A leaf whose data is read only when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def param_shapes(config: LlamaConfig) -> dict[str, Any]:
+    """The shape of every parameter of `config`, as the nested dicts that `params/` holds."""
+    d, h = config.dim, config.head_dim
+    q, kv, f = config.n_heads * h, config.n_kv_heads * h, config.mlp_dim
+    layer = {
+        "attention": {
+            "q": {"kernel": (q, d)},
+            "k": {"kernel": (kv, d)},
+            "v": {"kernel": (kv, d)},
+            "o": {"kernel": (d, q)},
+        },
+        "mlp": {"gate": {"kernel": (f, d)}, "up": {"kernel": (f, d)}, "down": {"kernel": (d, f)}},
+        "attention_norm": {"scale": (d,)},
+        "mlp_norm": {"scale": (d,)},
+    }
+    head = {} if config.tie_embeddings else {"head": {"kernel": (config.vocab_size, d)}}
+    return {
+        "embed": {"embedding": (config.vocab_size, d)},
+        **{f"layers_{i}": layer for i in range(config.n_layers)},
+        "norm": {"scale": (d,)},
+        **head,
+    }
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
+    """Yields an empty directory that becomes `path` at the end, or vanishes on any exception.
+
+    It stands beside `path` as `.NAME.partial-XXXX`, so that a killed process leaves nothing
+    under the final name. Raises `UserError` where `path` exists, at the start and at the end.
+    """
+    path = epath.Path(path)
+    _refuse_existing(path)
+    staging = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        _refuse_existing(path)
+        staging.rename(path)
+    except BaseException:
+        if staging.exists():
+            staging.rmtree()
+        raise
+
+
+def save_model(
+    path: str | os.PathLike,
+    config: LlamaConfig,
+    params: Params,
+    *,
+    tokenizer: str | os.PathLike | None,
+    provenance: dict[str, Any],
+    progress: Callable[[str, int], None] | None = None,
+) -> None:
+    """Writes a model directory; leaves nothing behind if it fails.
+
+    `params` is a tree of arrays and `LazyArray`s, read one at a time in the order of the sorted
+    tree. `tokenizer` is a file, copied under its own name. `progress(name, bytes)` is called once
+    a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    path = epath.Path(path)
+    _refuse_existing(path)
+    _refuse_small_disk(path, needed)
+    with _full_disk_is_user_error(path, needed), new_directory(path) as staging:
+        save_tree(staging / "params", params, progress)
+        if tokenizer is not None:
+            epath.Path(tokenizer).copy(staging / epath.Path(tokenizer).name)
+        (staging / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        (staging / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load_config(path: str | os.PathLike) -> LlamaConfig:
+    """The config of the model directory `path`; `UserError` says what is wrong with it."""
+    path = epath.Path(path)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}, expected a model directory")
+    if not (path / "config.json").exists() or not (path / "params").is_dir():
+        raise UserError(f"{path} is not a model directory: {_what_instead(path)}")
+    file = path / "config.json"
+    try:
+        fields = json.loads(file.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{file} is not UTF-8 text, expected JSON; convert the model again"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); convert the model again") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
+    return LlamaConfig.from_dict(fields)
+
+
+def abstract_params(path: str | os.PathLike) -> Params:
+    """The tree of `path` as `jax.ShapeDtypeStruct`s; reads metadata only."""
+    import orbax.checkpoint as ocp
+
+    directory = epath.Path(path) / "params"
+    with _quiet(), _damage_is_user_error(directory):
+        tree = _handler(ocp).metadata(directory).tree
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def load_params(
+    path: str | os.PathLike, *, dtype: Any = None, shardings: Any = None
+) -> dict[str, Any]:
+    """The parameters of the model directory `path` on their devices.
+
+    `shardings` is one sharding or a tree of them (default: the first device); each leaf goes to
+    its devices and is cast to `dtype` (default: as stored) before the next but few is read.
+    Raises `UserError` naming a tensor that is missing, unknown or of the wrong shape.
+    """
+    stored = abstract_params(path)
+    check_shapes(path, stored, param_shapes(load_config(path)))
+    return load_tree(epath.Path(path) / "params", stored, dtype=dtype, shardings=shardings)
+
+
+def check_shapes(path: str | os.PathLike, stored: Params, expected: dict[str, Any]) -> None:
+    """Raises `UserError` unless `stored` has exactly the names and shapes of `expected`."""
+    stored = {name: tuple(leaf.shape) for name, leaf in _flat(stored).items()}
+    expected = _flat(expected)
+    for name in expected:
+        if name not in stored:
+            raise UserError(f"{path}: {name} is missing; convert the model again")
+    for name, shape in stored.items():
+        if name not in expected:
+            raise UserError(f"{path}: {name} is unknown to this config; convert the model again")
+        if shape != expected[name]:
+            raise UserError(f"{path}: {name} has shape {shape}, config.json says {expected[name]}")
+
+
+def save_tree(
+    directory: epath.Path, tree: Params, progress: Callable[[str, int], None] | None = None
+) -> None:
+    """Writes a tree of arrays and `LazyArray`s as an Orbax checkpoint, one leaf at a time."""
+    import orbax.checkpoint as ocp
+
+    def lazy(leaf: Any) -> LazyArray:
+        if isinstance(leaf, LazyArray):
+            return leaf
+        return LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf))
+
+    with _quiet(), ocp.Checkpointer(_handler(ocp, progress)) as checkpointer:
+        checkpointer.save(directory, ocp.args.PyTreeSave(jax.tree.map(lazy, tree)))
+
+
+def load_tree(
+    directory: epath.Path, stored: Params, *, dtype: Any = None, shardings: Any = None
+) -> dict[str, Any]:
+    """Restores the Orbax checkpoint `directory` whose abstract tree is `stored`."""
+    import orbax.checkpoint as ocp
+
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, stored)
+
+    def restore_args(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+        return ocp.ArrayRestoreArgs(
+            restore_type=jax.Array,
+            sharding=sharding,
+            global_shape=leaf.shape,
+            dtype=leaf.dtype if dtype is None else dtype,
+        )
+
+    args = ocp.args.PyTreeRestore(restore_args=jax.tree.map(restore_args, stored, shardings))
+    with _quiet(), _damage_is_user_error(directory):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(directory, args)
+
+
+def _handler(ocp: Any, progress: Callable[[str, int], None] | None = None) -> Any:
+    """Orbax's handler of trees, with `LazyArray` as a further type of leaf."""
+    import tensorstore as ts
+
+    context = ts.Context({"file_io_sync": False})
+
+    class LazyHandler(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values, infos, args=None):
+            for value, info, arg in zip(values, infos, args, strict=True):
+                info = info.replace(ts_context=context)
+                futures = await super().serialize([value.read()], [info], [arg])
+                for future in futures:
+                    future.result()
+                if progress:
+                    progress(info.name, value.nbytes)
+            return []
+
+    lazy = LazyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_compression=False, type_handler_registry=registry
+    )
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    """{"layers_0.mlp.up.kernel": leaf, ...}, the names that Orbax gives to the arrays."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _what_instead(path: epath.Path) -> str:
+    if list(path.glob("consolidated.*.pth")):
+        return "it is a Meta checkpoint; run python -m convert.meta_to_orbax first"
+    if list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin")):
+        return "it is a Hugging Face checkpoint; run python -m convert.hf_to_orbax first"
+    missing = [name for name in ("config.json", "params") if not (path / name).exists()]
+    return f"no {' and no '.join(missing)} in it; name the directory that a converter wrote"
+
+
+def _refuse_existing(path: epath.Path) -> None:
+    if path.exists():
+        raise UserError(f"{path} exists already; name a new directory or remove it")
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def _free_bytes(path: epath.Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _disk_full(path: epath.Path, needed: int) -> UserError:
+    free = f", {_free_bytes(path) / 1e9:.2f} GB free" if _is_local(path) else ""
+    return UserError(
+        f"{path}: disk full: needs {needed / 1e9:.2f} GB{free}; make room or write elsewhere"
+    )
+
+
+def _refuse_small_disk(path: epath.Path, needed: int) -> None:
+    path = path if not _is_local(path) else epath.Path(os.path.abspath(path))
+    if _is_local(path) and _free_bytes(path) < needed:
+        raise _disk_full(path, needed)
+
+
+@contextlib.contextmanager
+def _full_disk_is_user_error(path: epath.Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # tensorstore raises ValueError, errno in the text
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "ENOSPC" not in str(error) and "EDQUOT" not in str(error):
+            raise
+        raise _disk_full(path, needed) from None
+
+
+@contextlib.contextmanager
+def _damage_is_user_error(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{directory} is damaged or incomplete ({reason}); convert the model again"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's progress notes, which it logs as warnings, from the user's terminal."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
