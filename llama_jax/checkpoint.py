@@ -29,8 +29,7 @@ from llama_jax.errors import UserError
 
 Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
 
-CHUNK_BYTES = 256 << 20
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+REMOTE_CHUNK_BYTES = 64 << 20  # an object store is fastest with many requests at once
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,14 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     It stands beside `path` as `.NAME.partial-XXXX`, so that a killed process leaves nothing
     under the final name. Raises `UserError` where `path` exists, at the start and at the end.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     _refuse_existing(path)
     staging = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     try:
         staging.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: {path.parent} is not a directory; name another one") from None
+    try:
         yield staging
         _refuse_existing(path)
         staging.rename(path)
@@ -103,24 +105,25 @@ def save_model(
     """Writes a model directory; leaves nothing behind if it fails.
 
     `params` is a tree of arrays and `LazyArray`s, read one at a time in the order of the sorted
-    tree. `tokenizer` is a file, copied under its own name. `progress(name, bytes)` is called once
+    tree. `tokenizer` is a file, copied as `tokenizer` and its suffix. `progress(name, bytes)` is called once
     a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
     """
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    path = epath.Path(path)
+    path = _absolute(path)
     _refuse_existing(path)
     _refuse_small_disk(path, needed)
     with _full_disk_is_user_error(path, needed), new_directory(path) as staging:
         save_tree(staging / "params", params, progress)
         if tokenizer is not None:
-            epath.Path(tokenizer).copy(staging / epath.Path(tokenizer).name)
+            tokenizer = epath.Path(tokenizer)
+            tokenizer.copy(staging / f"tokenizer{tokenizer.suffix}")
         (staging / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         (staging / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def load_config(path: str | os.PathLike) -> LlamaConfig:
     """The config of the model directory `path`; `UserError` says what is wrong with it."""
-    path = epath.Path(path)
+    path = _absolute(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}, expected a model directory")
@@ -142,12 +145,7 @@ def load_config(path: str | os.PathLike) -> LlamaConfig:
 
 def abstract_params(path: str | os.PathLike) -> Params:
     """The tree of `path` as `jax.ShapeDtypeStruct`s; reads metadata only."""
-    import orbax.checkpoint as ocp
-
-    directory = epath.Path(path) / "params"
-    with _quiet(), _damage_is_user_error(directory):
-        tree = _handler(ocp).metadata(directory).tree
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    return _abstract(open_tree(_absolute(path) / "params"))
 
 
 def load_params(
@@ -155,13 +153,16 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameters of the model directory `path` on their devices.
 
-    `shardings` is one sharding or a tree of them (default: the first device); each leaf goes to
-    its devices and is cast to `dtype` (default: as stored) before the next but few is read.
+    `shardings` is one sharding or a tree of them (default: the first device). Each leaf is cast
+    to `dtype` (default: as stored) on its devices, one after the other. On one CPU device, and
+    without a cast, the arrays are the mapped files themselves: nothing is read until it is used.
     Raises `UserError` naming a tensor that is missing, unknown or of the wrong shape.
     """
-    stored = abstract_params(path)
-    check_shapes(path, stored, param_shapes(load_config(path)))
-    return load_tree(epath.Path(path) / "params", stored, dtype=dtype, shardings=shardings)
+    path = _absolute(path)
+    config = load_config(path)
+    stored = open_tree(path / "params")
+    check_shapes(path, stored, param_shapes(config))
+    return load_tree(path / "params", stored, dtype=dtype, shardings=shardings)
 
 
 def check_shapes(path: str | os.PathLike, stored: Params, expected: dict[str, Any]) -> None:
@@ -189,36 +190,86 @@ def save_tree(
             return leaf
         return LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf))
 
+    tree = jax.tree.map(lazy, tree)
+    chunks = None if _is_local(directory) else REMOTE_CHUNK_BYTES
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks), tree)
     with _quiet(), ocp.Checkpointer(_handler(ocp, progress)) as checkpointer:
-        checkpointer.save(directory, ocp.args.PyTreeSave(jax.tree.map(lazy, tree)))
+        checkpointer.save(directory, ocp.args.PyTreeSave(tree, save_args))
+
+
+def open_tree(directory: epath.Path) -> Params:
+    """The leaves of the Orbax checkpoint `directory`, none of them read yet.
+
+    A leaf is a read-only array mapped from its file where the checkpoint is local and in the
+    layout of `save_tree`, and a `jax.ShapeDtypeStruct` in any other layout that Orbax knows.
+    """
+    with _damage_is_user_error(directory):
+        metadata = json.loads((directory / "_METADATA").read_bytes())
+        entries = metadata["tree_metadata"].values()
+        names = [tuple(key["key"] for key in entry["key_metadata"]) for entry in entries]
+        leaves = {name: _map_array(directory / ".".join(name)) for name in names}
+        if all(leaf is not None for leaf in leaves.values()):
+            return _nested(leaves)
+
+        import orbax.checkpoint as ocp
+
+        with _quiet():
+            return _abstract(ocp.PyTreeCheckpointHandler().metadata(directory).tree)
 
 
 def load_tree(
     directory: epath.Path, stored: Params, *, dtype: Any = None, shardings: Any = None
 ) -> dict[str, Any]:
-    """Restores the Orbax checkpoint `directory` whose abstract tree is `stored`."""
-    import orbax.checkpoint as ocp
-
+    """Puts the leaves `stored = open_tree(directory)` on their devices, cast to `dtype`."""
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, stored)
+        shardings = jax.tree.map(lambda _, one=shardings: one, stored)
+    if not all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(stored)):
+        return _restore(directory, stored, dtype, shardings)
 
-    def restore_args(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+    def put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        array = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return array if dtype is None else jax.block_until_ready(array.astype(dtype))
+
+    return jax.tree.map(put, stored, shardings)
+
+
+def _restore(directory: epath.Path, stored: Params, dtype: Any, shardings: Any) -> Params:
+    """`load_tree` by Orbax itself, for remote directories and foreign layouts."""
+    import orbax.checkpoint as ocp
+
+    def arguments(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> Any:
+        target = leaf.dtype if dtype is None else dtype
         return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array,
-            sharding=sharding,
-            global_shape=leaf.shape,
-            dtype=leaf.dtype if dtype is None else dtype,
+            restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=target
         )
 
-    args = ocp.args.PyTreeRestore(restore_args=jax.tree.map(restore_args, stored, shardings))
-    with _quiet(), _damage_is_user_error(directory):
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(directory, args)
+    restore_args = jax.tree.map(arguments, stored, shardings)
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with _quiet(), _damage_is_user_error(directory), checkpointer:
+        return checkpointer.restore(directory, ocp.args.PyTreeRestore(restore_args=restore_args))
 
 
-def _handler(ocp: Any, progress: Callable[[str, int], None] | None = None) -> Any:
+def _map_array(directory: epath.Path) -> np.ndarray | None:
+    """The zarr array `directory` mapped into memory, or None unless it is one raw local file."""
+    if not _is_local(directory) or not (directory / ".zarray").exists():
+        return None
+    zarray = json.loads((directory / ".zarray").read_bytes())
+    shape = tuple(zarray["shape"])
+    layout = [zarray[key] for key in ("compressor", "filters", "order", "chunks")]
+    if layout != [None, None, "C", list(shape)] or not shape:
+        return None
+    file = directory / ".".join("0" * len(shape))
+    dtype = np.dtype(zarray["dtype"])
+    if file.stat().length != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"{file} has {file.stat().length} bytes, expected shape {shape} of {dtype}"
+        )
+    return np.asarray(np.memmap(file, dtype, "r", shape=shape))
+
+
+def _handler(ocp: Any, progress: Callable[[str, int], None] | None) -> Any:
     """Orbax's handler of trees, with `LazyArray` as a further type of leaf."""
     import tensorstore as ts
 
@@ -259,6 +310,25 @@ def _what_instead(path: epath.Path) -> str:
     return f"no {' and no '.join(missing)} in it; name the directory that a converter wrote"
 
 
+def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for (*parents, name), leaf in leaves.items():
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _abstract(tree: Params) -> Params:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _absolute(path: str | os.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    return epath.Path(os.path.abspath(path)) if _is_local(path) else path
+
+
 def _refuse_existing(path: epath.Path) -> None:
     if path.exists():
         raise UserError(f"{path} exists already; name a new directory or remove it")
@@ -282,7 +352,6 @@ def _disk_full(path: epath.Path, needed: int) -> UserError:
 
 
 def _refuse_small_disk(path: epath.Path, needed: int) -> None:
-    path = path if not _is_local(path) else epath.Path(os.path.abspath(path))
     if _is_local(path) and _free_bytes(path) < needed:
         raise _disk_full(path, needed)
 
@@ -291,9 +360,8 @@ def _refuse_small_disk(path: epath.Path, needed: int) -> None:
 def _full_disk_is_user_error(path: epath.Path, needed: int) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:  # tensorstore raises ValueError, errno in the text
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "ENOSPC" not in str(error) and "EDQUOT" not in str(error):
+    except (OSError, ValueError) as error:  # tensorstore raises ValueError, the reason in its text
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise
         raise _disk_full(path, needed) from None
 
@@ -302,8 +370,11 @@ def _full_disk_is_user_error(path: epath.Path, needed: int) -> Iterator[None]:
 def _damage_is_user_error(directory: epath.Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:
+        known = (OSError, ValueError, KeyError, TypeError, AttributeError)
+        if not isinstance(error, known) and type(error) is not Exception:  # Orbax raises that
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(
             f"{directory} is damaged or incomplete ({reason}); convert the model again"
         ) from None
@@ -311,10 +382,10 @@ def _damage_is_user_error(directory: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's progress notes, which it logs as warnings, from the user's terminal."""
+    """Keeps Orbax's notes, and its tracebacks of errors that we report, from the user's terminal."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
