@@ -188,7 +188,9 @@ def save_tree(
     def lazy(leaf: Any) -> LazyArray:
         if isinstance(leaf, LazyArray):
             return leaf
-        return LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf))
+        if isinstance(leaf, jax.Array):  # a copy, because an array keeps what asarray fetches
+            return LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf.copy()))
+        return LazyArray(leaf.shape, leaf.dtype, lambda: leaf)
 
     tree = jax.tree.map(lazy, tree)
     chunks = None if _is_local(directory) else REMOTE_CHUNK_BYTES
@@ -257,8 +259,8 @@ def _map_array(directory: epath.Path) -> np.ndarray | None:
         return None
     zarray = json.loads((directory / ".zarray").read_bytes())
     shape = tuple(zarray["shape"])
-    layout = [zarray[key] for key in ("compressor", "filters", "order", "chunks")]
-    if layout != [None, None, "C", list(shape)] or not shape:
+    layout = [zarray[key] for key in ("compressor", "filters", "dimension_separator", "chunks")]
+    if layout != [None, None, ".", list(shape)] or not shape:
         return None
     file = directory / ".".join("0" * len(shape))
     dtype = np.dtype(zarray["dtype"])
@@ -278,10 +280,13 @@ def _handler(ocp: Any, progress: Callable[[str, int], None] | None) -> Any:
     class LazyHandler(ocp.type_handlers.NumpyHandler):
         async def serialize(self, values, infos, args=None):
             for value, info, arg in zip(values, infos, args, strict=True):
+                array = value.read()
+                if array.shape != tuple(value.shape) or array.dtype != value.dtype:
+                    raise TypeError(f"{info.name}: read {array.dtype}{array.shape}, not {value}")
                 info = info.replace(ts_context=context)
-                futures = await super().serialize([value.read()], [info], [arg])
-                for future in futures:
+                for future in await super().serialize([array], [info], [arg]):
                     future.result()
+                del array, future
                 if progress:
                     progress(info.name, value.nbytes)
             return []
