@@ -8,6 +8,7 @@ one tensor at a time is joined, permuted, cast and written, so the memory needed
 the largest tensor, whatever the size of the model.
 """
 
+import contextlib
 import pickle
 import re
 import time
@@ -51,6 +52,7 @@ from llama_jax.errors import UserError
 
 PROG = "convert.meta_to_orbax"
 SAFE_TORCH = (2, 10)  # older ones can be made to run code by a .pth file (CVE-2026-24747)
+_TOKENIZERS = ("tokenizer.model", "../tokenizer.model")
 
 Shard = Mapping[str, "torch.Tensor"]  # noqa: F821  one rank's tensors by Meta's names
 
@@ -71,14 +73,19 @@ def main(arguments: list[str]) -> None:
     # What is there
     checkpoint = open_meta(args.input, dtype=args.dtype, rope_scale=args.rope_scale)
     config, leaves = checkpoint.config, checkpoint.leaves
-    tokenizer = find_tokenizer(checkpoint.directory, args.tokenizer, _TOKENIZERS)
-    check_tokenizer(tokenizer, config.vocab_size)
     size = sum(leaf.nbytes for leaf in leaves.values())
     dtype = str(leaves[EMBED.path].dtype)
     origin = provenance(PROG, dtype)
 
-    # Write it, hashing the source meanwhile; provenance is complete once the last tensor is
-    with Hashes(checkpoint.files, checkpoint.md5) as hashes, progress("converting", size) as bar:
+    with contextlib.ExitStack() as stack:
+        tokenizer = stack.enter_context(
+            find_tokenizer(checkpoint.directory, args.tokenizer, _TOKENIZERS)
+        )
+        check_tokenizer(tokenizer, config.vocab_size)
+
+        # Write it, hashing the source meanwhile; provenance is complete once the last tensor is
+        hashes = stack.enter_context(Hashes(checkpoint.files, checkpoint.md5))
+        bar = stack.enter_context(progress("converting", size))
         save_model(
             args.output,
             config,
@@ -96,15 +103,12 @@ def main(arguments: list[str]) -> None:
     say(f"{PROG}: wrote {args.output}: {summary(config, dtype, size, seconds)}")
 
 
-_TOKENIZERS = ("tokenizer.model", "../tokenizer.model")
-
-
 @dataclass(frozen=True)
 class MetaCheckpoint:
     """A checkpoint that has been checked but not read."""
 
     directory: Path
-    files: tuple[Path, ...]  # in the order of ranks
+    files: tuple[Path, ...]  # the ranks in order, and params.json
     md5: Mapping[str, str]  # by file name, from checklist.chk
     config: LlamaConfig
     leaves: Mapping[str, LazyArray]  # by path in our tree
@@ -150,7 +154,7 @@ def open_meta(
 
     return MetaCheckpoint(
         directory=directory,
-        files=tuple(files),
+        files=(*files, directory / "params.json"),
         md5=_read_checklist(directory),
         config=config,
         leaves={weight.path: lazy(weight) for weight in weights(config)},

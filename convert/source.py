@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -155,19 +157,32 @@ def verify(directory: str, config: LlamaConfig, source: Mapping[str, LazyArray])
 # --- tokenizers ---
 
 
-def find_tokenizer(directory: Path, given: str | None, names: Iterable[str]) -> Path:
-    """The tokenizer file: `given`, or the first of `names` in `directory` or its parent."""
-    if given is not None:
-        if not Path(given).is_file():
-            raise UserError(f"--tokenizer {given} is no file, expected tokenizer.model or .json")
-        return Path(given)
+@contextlib.contextmanager
+def find_tokenizer(directory: Path, given: str | None, names: Iterable[str]) -> Iterator[Path]:
+    """The tokenizer's file: `given`, or the first of `names` in `directory`.
+
+    Under the name that a model directory uses for its format, whatever it was called; in a
+    temporary directory if that takes a copy. Raises `UserError` where there is none.
+    """
     names = tuple(names)
-    for name in names:
-        if (directory / name).is_file():
-            return directory / name
-    raise UserError(
-        f"no {' or '.join(names)} in {directory}; give the tokenizer's file with --tokenizer FILE"
-    )
+    found = [directory / name for name in names if (directory / name).is_file()]
+    if given is not None:
+        found = [Path(given)]
+        if not found[0].is_file():
+            raise UserError(f"--tokenizer {given} is no file, expected tokenizer.model or .json")
+    if not found:
+        raise UserError(
+            f"no {' or '.join(names)} in {directory}; give the tokenizer's file with "
+            "--tokenizer FILE"
+        )
+    with open(found[0], "rb") as stream:
+        is_json = stream.read(64).lstrip().startswith(b"{")
+    name = "tokenizer.json" if is_json else "tokenizer.model"
+    if found[0].name == name:
+        yield found[0]
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(shutil.copy(found[0], Path(temporary) / name))
 
 
 def check_tokenizer(file: Path, vocab_size: int) -> None:

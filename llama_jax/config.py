@@ -150,6 +150,8 @@ class LlamaConfig:
             version = "1" if dtype == "float16" else "2"
         if not scaled and (rope_scale is not None or "rope_scale_factor" in params):
             raise UserError(f"a RoPE scale was given, but {where} does not set use_scaled_rope")
+        if rope_scale is not None and not 0 < rope_scale < math.inf:
+            raise UserError(f"the RoPE scale is {rope_scale}, expected a positive number")
         factor = rope_scale or _number(params, "rope_scale_factor", where, 32.0 if small else 8.0)
         return cls(
             vocab_size=vocab_size,
