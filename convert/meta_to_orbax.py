@@ -52,7 +52,7 @@ from llama_jax.errors import UserError
 
 PROG = "convert.meta_to_orbax"
 SAFE_TORCH = (2, 10)  # older ones can be made to run code by a .pth file (CVE-2026-24747)
-_TOKENIZERS = ("tokenizer.model", "../tokenizer.model")
+_TOKENIZERS = ("tokenizer.model", "../tokenizer.model", "tokenizer.json")
 
 Shard = Mapping[str, "torch.Tensor"]  # noqa: F821  one rank's tensors by Meta's names
 
