@@ -44,7 +44,7 @@ _TOKENIZERS = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(prog=PROG, description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(prog=PROG, description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--input", required=True, metavar="DIR", help="Hugging Face's checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="model directory to write")
     parser.add_argument("--dtype", choices=("original", *DTYPES), default="original")
@@ -178,8 +178,12 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 def _open_files(files: list[Path]) -> dict[str, _Stored]:
     """Every tensor of the files by Hugging Face's name."""
-    from safetensors import safe_open
-
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        raise UserError(
+            "safetensors is not installed, needed for Hugging Face's files; pip install safetensors"
+        ) from None
     tensors: dict[str, _Stored] = {}
     for file in files:
         with unreadable_is_user_error(file, "safetensors, it is truncated or no such file"):

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -50,15 +51,18 @@ from llama_jax.command import ArgumentParser, run
 from llama_jax.config import LlamaConfig, flatten_meta_params
 from llama_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 PROG = "convert.meta_to_orbax"
 SAFE_TORCH = (2, 10)  # older ones can be made to run code by a .pth file (CVE-2026-24747)
 _TOKENIZERS = ("tokenizer.model", "../tokenizer.model", "tokenizer.json")
 
-Shard = Mapping[str, "torch.Tensor"]  # noqa: F821  one rank's tensors by Meta's names
+Shard = Mapping[str, "torch.Tensor"]  # one rank's tensors by Meta's names
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(prog=PROG, description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(prog=PROG, description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--input", required=True, metavar="DIR", help="Meta's checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="model directory to write")
     parser.add_argument("--dtype", choices=("original", *DTYPES), default="original")
@@ -123,18 +127,20 @@ def open_meta(
     embedding and the head. Raises `UserError` for everything that is not a whole checkpoint of
     one Llama.
     """
-    _require_safe_torch()
+    require_safe_torch()
     directory = input_directory(path)
     files = _rank_files(directory)
     params = flatten_meta_params(read_json(directory / "params.json"))
+    if not isinstance(dim := params.get("dim"), int):
+        raise UserError(f"{directory / 'params.json'}: dim is {dim!r}, expected a whole number")
     shards = [_open_shard(file) for file in files]
     _check_same_model(files, shards)
-    _check_rank_count(files, shards, params)
-    tied = _is_tied(shards, params["dim"])
+    _check_rank_count(files, shards, dim)
+    tied = _is_tied(shards, dim)
     config = LlamaConfig.from_meta(
         params,
-        vocab_size=_whole_shape(shards, EMBED, params["dim"])[0],
-        mlp_dim=_whole_shape(shards, _layer_0("mlp/gate/kernel"), params["dim"])[0],
+        vocab_size=_whole_shape(shards, EMBED, dim)[0],
+        mlp_dim=_whole_shape(shards, _layer_0("mlp/gate/kernel"), dim)[0],
         dtype=_dtype(_tensor(shards[0], EMBED.meta)).name,
         tied=tied,
         rope_scale=rope_scale,
@@ -192,12 +198,13 @@ def _drop_copies(array: np.ndarray, weight: Weight, config: LlamaConfig, copies:
 # --- opening files ---
 
 
-def _require_safe_torch() -> None:
+def require_safe_torch() -> None:
+    """Raises `UserError` unless a torch is installed that .pth files cannot make run code."""
     try:
         import torch
     except ImportError:
         raise UserError(
-            "PyTorch is not installed, needed to read .pth files; pip install 'torch>=2.10'"
+            "PyTorch is not installed, needed for .pth files; pip install 'torch>=2.10'"
         ) from None
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < SAFE_TORCH:
         raise UserError(
@@ -285,7 +292,7 @@ def _read_checklist(directory: Path) -> dict[str, str]:
 # --- checking what is in them ---
 
 
-def _tensor(shard: Shard, name: str) -> "torch.Tensor":  # noqa: F821
+def _tensor(shard: Shard, name: str) -> "torch.Tensor":
     if name not in shard:
         raise UserError(
             f"tensor {name} is missing from the checkpoint; the weights and params.json are of "
@@ -294,14 +301,14 @@ def _tensor(shard: Shard, name: str) -> "torch.Tensor":  # noqa: F821
     return shard[name]
 
 
-def _dtype(tensor: "torch.Tensor", name: str = "") -> np.dtype:  # noqa: F821
+def _dtype(tensor: "torch.Tensor", name: str = "") -> np.dtype:
     stored = str(tensor.dtype).removeprefix("torch.")
     if stored not in DTYPES:
         raise UserError(f"{name} is {stored}, expected one of {', '.join(DTYPES)}")
     return DTYPES[stored]
 
 
-def _numpy(tensor: "torch.Tensor") -> np.ndarray:  # noqa: F821
+def _numpy(tensor: "torch.Tensor") -> np.ndarray:
     """The tensor's memory as a NumPy array; no copy unless it is strided."""
     import torch
 
@@ -331,9 +338,8 @@ def _check_same_model(files: list[Path], shards: list[Shard]) -> None:
                 )
 
 
-def _check_rank_count(files: list[Path], shards: list[Shard], params: Mapping[str, int]) -> None:
+def _check_rank_count(files: list[Path], shards: list[Shard], dim: int) -> None:
     """`wo` is [dim, dim / ranks]: its shape tells how many ranks there were."""
-    dim = params.get("dim")
     weight = _layer_0("attention/o/kernel")
     shape = tuple(_tensor(shards[0], weight.meta).shape)
     if len(shape) != 2 or shape[0] != dim or dim % shape[1]:

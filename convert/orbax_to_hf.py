@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -30,7 +30,7 @@ _SAFETENSORS = {DTYPES[name]: stored for stored, name in STORED.items()}
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(prog=PROG, description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(prog=PROG, description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="such as 5GB")
@@ -94,7 +94,7 @@ def split_shards(leaves: Mapping[str, LazyArray], limit: int) -> dict[str, list[
     }
 
 
-def write_safetensors(stream: BinaryIO, leaves: Mapping[str, LazyArray], advance: Any) -> None:
+def write_safetensors(stream: IO[bytes], leaves: Mapping[str, LazyArray], advance: Any) -> None:
     """Writes tensors as one safetensors file, reading each when its turn comes.
 
     The format: 8 bytes of header length, the header in JSON, then the tensors' bytes

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from convert.meta_to_orbax import require_safe_torch
 from convert.names import (
     BY_VERSION,
     EMBED,
@@ -35,7 +36,7 @@ PROG = "convert.orbax_to_meta"
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(prog=PROG, description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(prog=PROG, description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="model directory")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="files to split into")
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> None:
     # What is there
     if "://" in args.output:
         raise UserError(f"--output {args.output} is remote, expected a local directory for torch")
+    require_safe_torch()
     config = load_config(args.checkpoint)
     params = config.to_meta()
     check_ranks(config, args.ranks)

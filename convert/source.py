@@ -22,7 +22,7 @@ from etils import epath
 
 from convert.names import weights
 from convert.progress import progress
-from llama_jax.checkpoint import LazyArray
+from llama_jax.checkpoint import LazyArray, check_shapes, open_tree, param_shapes
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 
@@ -112,18 +112,19 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 def model_leaves(directory: str, config: LlamaConfig) -> dict[str, LazyArray]:
     """Every tensor of the model directory by path, unread; checks names and shapes.
 
+    Local ones are mapped: reading such a leaf takes no memory of its own.
     Raises `UserError` naming what is missing or of the wrong shape.
     """
-    from llama_jax.checkpoint import abstract_params, check_shapes, param_shapes
-
-    stored = abstract_params(directory)
+    stored = open_tree(epath.Path(directory) / "params")
     check_shapes(directory, stored, param_shapes(config))
 
     def leaf(path: str) -> LazyArray:
         node = stored
         for key in path.split("/"):
             node = node[key]
-        return LazyArray(node.shape, node.dtype, lambda: _read_zarr(directory, path))
+        mapped = isinstance(node, np.ndarray)
+        read = (lambda: node) if mapped else (lambda: _read_zarr(directory, path))
+        return LazyArray(tuple(node.shape), np.dtype(node.dtype), read)
 
     return {weight.path: leaf(weight.path) for weight in weights(config)}
 

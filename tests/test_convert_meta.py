@@ -467,6 +467,7 @@ def test_a_checkpoint_of_other_things(tmp_path: Path, content: Any, message: str
     ("change", "message"),
     [
         ({"dim": 128}, "params.json says dim 128"),
+        ({"dim": None}, "dim is None, expected a whole number"),
         ({"n_layers": 3}, "layers.2.attention_norm.weight is missing"),
         ({"n_layers": 1}, "unknown tensor layers.1"),
         ({"n_kv_heads": 8}, "attention.wk.weight has shape .* params.json says"),
@@ -552,6 +553,15 @@ def test_old_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     meta = write_meta(tmp_path / "meta")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     refused(meta, r"torch 2\.9\.1\+cpu can be made to run code .*CVE-2026-24747.*torch>=2\.10")
+
+
+def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    meta = write_meta(tmp_path / "meta")
+    model = convert(meta, tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(meta, r"PyTorch is not installed, .* pip install 'torch>=2\.10'")
+    with pytest.raises(UserError, match="PyTorch is not installed"):
+        back(model, tmp_path / "again")
 
 
 def test_verify_finds_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -651,28 +661,30 @@ def test_killed_at_any_moment_it_leaves_nothing_that_loads(tmp_path: Path):
             time.sleep(0.002)
         return process, time.monotonic()
 
-    process, began = start(tmp_path / "whole")
-    assert process.wait() == 0
+    whole = tmp_path / "whole"
+    process, began = start(whole)
+    while not (whole / "model").exists():
+        time.sleep(0.002)
     writing = time.monotonic() - began
-    assert_same_model(tmp_path / "whole" / "model", tmp_path / "whole" / "model")
+    assert process.wait() == 0
 
-    def kill(i: int) -> tuple[bool, int]:
-        """Whether it was killed in time, and how many tensors were there."""
-        process, _ = start(tmp_path / f"killed{i}")
+    def kill(i: int) -> int | None:
+        """How many tensors were there when it was killed; None if it had finished."""
+        directory = tmp_path / f"killed{i}"
+        process, _ = start(directory)
         time.sleep(writing * moments[i])
         process.kill()
-        killed = process.wait() != 0
-        left = list((tmp_path / f"killed{i}").iterdir())
-        tensors = [len(list(path.glob("params*/*"))) for path in left]
-        if killed:
-            assert not (tmp_path / f"killed{i}" / "model").exists()
-            for path in left:
-                with pytest.raises(UserError):
-                    load_config(path)
-        return killed, max(tensors, default=0)
+        process.wait()
+        if (directory / "model").exists():  # whole, because it is renamed at the end
+            assert_same_model(whole / "model", directory / "model")
+            return None
+        for path in directory.iterdir():
+            with pytest.raises(UserError):
+                load_config(path)
+        return len(list(directory.glob(".model*/params*/*")))
 
-    moments = np.random.default_rng(0).uniform(0, 0.8, size=10)
+    moments = np.random.default_rng(0).uniform(0, 0.9, size=10)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(kill, range(len(moments))))
-    assert sum(killed for killed, _ in results) >= 8  # a busy machine may finish one early
-    assert len({tensors for _, tensors in results}) > 3  # at different moments of the writing
+        written = [n for n in pool.map(kill, range(len(moments))) if n is not None]
+    assert len(written) >= 7  # a busy machine may finish one early
+    assert len(set(written)) > 3  # at different moments of the writing
