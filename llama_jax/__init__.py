@@ -1,0 +1,12 @@
+"""Llama 1 to 3.3 as pure functions in JAX.
+
+model = llama_jax.load("out/llama")
+logits, cache = llama_jax.forward(model.config, model.params, tokens)
+"""
+
+from llama_jax.checkpoint import Model, load
+from llama_jax.config import PRESETS, LlamaConfig, get_preset
+from llama_jax.errors import UserError
+from llama_jax.model import forward
+
+__all__ = ["PRESETS", "LlamaConfig", "Model", "UserError", "forward", "get_preset", "load"]

@@ -26,6 +26,7 @@ from etils import epath
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
 
@@ -91,6 +92,30 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
         if staging.exists():
             staging.rmtree()
         raise
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `load` reads from a model directory."""
+
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load(path: str | os.PathLike, *, dtype: Any = None, shardings: Any = None) -> Model:
+    """Config, parameters (see `load_params`) and tokenizer of the model directory `path`.
+
+    Raises `UserError` if any of them is missing, damaged, or does not fit the others.
+    """
+    config = load_config(path)
+    tokenizer = load_tokenizer(_absolute(path))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{config.vocab_size}; convert the model again with its own tokenizer"
+        )
+    return Model(config, load_params(path, dtype=dtype, shardings=shardings), tokenizer)
 
 
 def save_model(

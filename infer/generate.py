@@ -1,0 +1,322 @@
+"""Generation: prompts in, tokens out, by two compiled programs with static shapes.
+
+`prefill` reads one chunk of the prompts, `decode` runs up to a given number of steps in a compiled
+loop. `generate` runs `decode` to the end, `stream` a few steps at a time: the same step, the same
+tokens. Prompt length and room are padded to powers of two, everything else that a request
+changes (temperatures, stop ids, number of steps) is an array, so that it never recompiles. This
+module knows token ids only, no text.
+"""
+
+import functools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from infer.sampling import Sampling, sample, settings
+from llama_jax.cache import KVCache, append, init_cache
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import UserError
+from llama_jax.model import Llama, Params
+
+CHUNK = 512  # most tokens of a row that one call of `prefill` reads
+SMALLEST_BUCKET = 16
+STOP_IDS = 8  # room for stop ids; unused places hold -1
+SECONDS_A_FETCH = 0.05  # `stream` fetches about this often
+
+
+@struct.dataclass
+class State:
+    """All that a step reads and writes, B rows with room for S positions; donated to each call."""
+
+    cache: KVCache
+    token: jax.Array  # int32 [B], drawn and not yet read
+    count: jax.Array  # int32 [B], tokens drawn
+    done: jax.Array  # bool [B]
+    seen: jax.Array  # bool [B, V], tokens of prompt and completion
+    tokens: jax.Array  # int32 [B, S], all tokens drawn, a stop id included
+    logprobs: jax.Array  # float32 [B, S], of the tokens drawn, by the unchanged distribution
+    top_ids: jax.Array  # int32 [B, S, n], the n likeliest tokens at each place
+    top_logprobs: jax.Array  # float32 [B, S, n]
+
+
+@struct.dataclass
+class Request:
+    """What a step only reads: B rows."""
+
+    sampling: Sampling
+    limit: jax.Array  # int32 [B], most tokens to draw
+    stop_ids: jax.Array  # int32 [STOP_IDS], ids that end a row
+
+
+class Shapes(NamedTuple):
+    """The static sizes of a request: what decides whether it needs a compilation."""
+
+    batch: int
+    chunk: int  # T of `prefill`
+    room: int  # S
+    n_logprobs: int
+
+
+def init_state(config: LlamaConfig, params: Params, shapes: Shapes) -> State:
+    """A state before the first token; the cache has the dtype of the embedding."""
+    batch, _, room, n_logprobs = shapes
+    ints = functools.partial(jnp.zeros, dtype=jnp.int32)
+    return State(
+        cache=init_cache(config, batch, room, params["embed"]["embedding"].dtype),
+        token=ints(batch),
+        count=ints(batch),
+        done=jnp.zeros(batch, bool),
+        seen=jnp.zeros((batch, config.vocab_size), bool),
+        tokens=ints((batch, room)),
+        logprobs=jnp.zeros((batch, room)),
+        top_ids=ints((batch, room, n_logprobs)),
+        top_logprobs=jnp.zeros((batch, room, n_logprobs)),
+    )
+
+
+def _draw(state: State, logits_BV: jax.Array, request: Request, active_B: jax.Array) -> State:
+    """Draws a token in the active rows, and marks those that it ends as done."""
+    rows = jnp.arange(len(active_B))
+    token = sample(logits_BV, state.seen, state.count, request.sampling)
+    at = rows, jnp.where(active_B, state.count, state.tokens.shape[1])  # elsewhere: dropped
+    count = state.count + active_B
+    stopped = jnp.isin(token, request.stop_ids) | (count >= request.limit)
+    logprobs_BV = jax.nn.log_softmax(logits_BV)
+    top_logprobs, top_ids = jax.lax.top_k(logprobs_BV, state.top_ids.shape[2])
+    return state.replace(
+        token=jnp.where(active_B, token, state.token),
+        count=count,
+        done=state.done | (active_B & stopped),
+        seen=state.seen.at[rows, token].max(active_B),
+        tokens=state.tokens.at[at].set(token, mode="drop"),
+        logprobs=state.logprobs.at[at].set(logprobs_BV[rows, token], mode="drop"),
+        top_ids=state.top_ids.at[at].set(top_ids, mode="drop"),
+        top_logprobs=state.top_logprobs.at[at].set(top_logprobs, mode="drop"),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def prefill(
+    config: LlamaConfig,
+    params: Params,
+    state: State,
+    request: Request,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    last_B: jax.Array,
+) -> State:
+    """Reads the next `lengths_B` tokens of each row; draws the first token where `last_B`."""
+    logits_B1V, new = Llama(config).apply({"params": params}, tokens_BT, state.cache, lengths_B)
+    valid = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    seen = state.seen.at[jnp.arange(len(tokens_BT))[:, None], tokens_BT].max(valid)
+    state = state.replace(cache=append(state.cache, new, lengths_B), seen=seen)
+    return _draw(state, logits_B1V[:, 0], request, last_B)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def decode(
+    config: LlamaConfig, params: Params, state: State, request: Request, steps: jax.Array
+) -> State:
+    """Up to `steps` more tokens in every row that is not done."""
+
+    def step(carry):
+        i, state = carry
+        active = ~state.done
+        logits_B1V, new = Llama(config).apply({"params": params}, state.token[:, None], state.cache)
+        drawn = _draw(state, logits_B1V[:, 0], request, active)
+        # Rows that end here are never read again and write nothing. That the write waits for the
+        # draw lets XLA do it in place, after the last read of the cache.
+        wrote = (active & ~drawn.done).astype(jnp.int32)
+        return i + 1, drawn.replace(cache=append(state.cache, new, wrote))
+
+    def unfinished(carry):
+        i, state = carry
+        return (i < steps) & ~jnp.all(state.done)
+
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+
+class Programs(NamedTuple):
+    """`prefill` and `decode`, compiled for one set of shapes."""
+
+    prefill: Any
+    decode: Any
+
+
+def request_shapes(
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    n_logprobs: int = 0,
+) -> Shapes:
+    """The buckets that these prompts fall in.
+
+    Raises `UserError` for no prompt, an empty one, or one that leaves no room in the context.
+    """
+    if not prompts or not all(prompts):
+        raise UserError("a prompt of no tokens, expected at least one; begin with BOS")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    longest = max(map(len, prompts))
+    if longest >= config.context:
+        raise UserError(
+            f"a prompt has {longest} tokens, but the model's context ends at {config.context}; "
+            "shorten the prompt"
+        )
+    room = min(longest + max_new_tokens, config.context)
+    return Shapes(len(prompts), min(_bucket(longest), CHUNK), _bucket(room), n_logprobs)
+
+
+def compile_programs(config: LlamaConfig, params: Params, shapes: Shapes) -> Programs:
+    """The programs for these shapes, compiled at the first call with them."""
+    leaves, tree = jax.tree.flatten(params)
+    avals = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves)
+    return _compile(config, avals, tree, shapes)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(config: LlamaConfig, avals: tuple, tree: Any, shapes: Shapes) -> Programs:
+    params = jax.tree.unflatten(tree, avals)
+    B = shapes.batch
+    ints, bools = (jax.ShapeDtypeStruct((B,), dtype) for dtype in (jnp.int32, jnp.bool))
+    tokens = jax.ShapeDtypeStruct((B, shapes.chunk), jnp.int32)
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(lambda: init_state(config, params, shapes))
+    request = jax.eval_shape(
+        lambda: Request(
+            settings([(0, 0)] * B), jnp.zeros(B, jnp.int32), jnp.zeros(STOP_IDS, jnp.int32)
+        )
+    )
+    lowered = (
+        prefill.lower(config, params, state, request, tokens, ints, bools),
+        decode.lower(config, params, state, request, steps),
+    )
+    with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
+        return Programs(*pool.map(lambda program: program.compile(), lowered))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What has been drawn so far; numpy arrays as in `State`."""
+
+    tokens: np.ndarray  # int32 [B, S]
+    count: np.ndarray  # int32 [B]
+    done: np.ndarray  # bool [B]
+    stopped: np.ndarray  # bool [B], the last token is a stop id
+    logprobs: np.ndarray  # float32 [B, S]
+    top_ids: np.ndarray  # int32 [B, S, n]
+    top_logprobs: np.ndarray  # float32 [B, S, n]
+
+    def completion(self, row: int) -> list[int]:
+        """The tokens of a row, without the stop id that ended it."""
+        return self.tokens[row, : self.count[row] - self.stopped[row]].tolist()
+
+
+def stream(
+    config: LlamaConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_ids: Iterable[int] = (),
+    n_logprobs: int = 0,
+    steps_a_fetch: int | None = None,
+) -> Iterator[Progress]:
+    """Generates; yields after the first token and then after every few.
+
+    Args:
+      prompts: B lists of token ids, of any lengths; padded here, with no effect on the tokens.
+      sampling: from `infer.sampling.settings`, B rows.
+      max_new_tokens: most tokens for each row; the model's context may end a row earlier.
+      stop_ids: at most `STOP_IDS` ids that end a row.
+      n_logprobs: how many of the likeliest tokens to report at each place.
+      steps_a_fetch: decode steps between two yields; by default as many as take 50 ms.
+
+    Raises `UserError` as `request_shapes` does, before anything is computed.
+    """
+    shapes = request_shapes(config, prompts, max_new_tokens, n_logprobs)
+    programs = compile_programs(config, params, shapes)
+    stops = sorted(stop_ids)
+    if len(stops) > STOP_IDS:
+        raise UserError(f"{len(stops)} stop ids, expected at most {STOP_IDS}")
+    stops = np.array(stops + [-1] * (STOP_IDS - len(stops)), np.int32)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    limit = np.minimum(max_new_tokens, config.context - lengths)
+    request = Request(sampling, jnp.asarray(limit), jnp.asarray(stops))
+    state = init_state(config, params, shapes)
+
+    chunk = shapes.chunk
+    padded = np.zeros((len(prompts), -(-lengths.max() // chunk) * chunk), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    for start in range(0, padded.shape[1], chunk):
+        valid = np.clip(lengths - start, 0, chunk)
+        last = (lengths > start) & (lengths <= start + chunk)
+        state = programs.prefill(
+            params, state, request, padded[:, start : start + chunk], valid, last
+        )
+
+    steps = steps_a_fetch or 1
+    while True:
+        progress = _fetch(state, stops)
+        yield progress
+        if progress.done.all():
+            return
+        began = time.perf_counter()
+        state = programs.decode(params, state, request, np.int32(steps))
+        jax.block_until_ready(state.done)
+        if steps_a_fetch is None:
+            seconds = (time.perf_counter() - began) / steps
+            steps = int(min(max(SECONDS_A_FETCH / seconds, 1), 2 * steps))
+
+
+def generate(
+    config: LlamaConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_ids: Iterable[int] = (),
+    n_logprobs: int = 0,
+) -> Progress:
+    """Generates to the end in one compiled loop. Arguments and errors as for `stream`."""
+    *_, last = stream(
+        config,
+        params,
+        prompts,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        n_logprobs=n_logprobs,
+        steps_a_fetch=max_new_tokens,
+    )
+    return last
+
+
+def _fetch(state: State, stops: np.ndarray) -> Progress:
+    host = jax.device_get(state.replace(cache=None, seen=None, token=None))
+    rows = np.arange(len(host.count))
+    last = host.tokens[rows, np.maximum(host.count - 1, 0)]
+    return Progress(
+        tokens=host.tokens,
+        count=host.count,
+        done=host.done,
+        stopped=host.done & np.isin(last, stops),
+        logprobs=host.logprobs,
+        top_ids=host.top_ids,
+        top_logprobs=host.top_logprobs,
+    )
+
+
+def _bucket(n: int) -> int:
+    """The power of two at or above n, at least `SMALLEST_BUCKET`."""
+    return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())

@@ -1,0 +1,182 @@
+"""Llama as a pure function of parameters, tokens and cache.
+
+Axis key: B batch, T new positions, S cached positions, D model, N query heads, K KV heads,
+G = N/K, H head dimension, F feed-forward, V vocabulary, L layers.
+
+Kernels are [out, in], as Meta and Hugging Face store them: conversion copies bytes, and a tied
+head is the embedding itself. Activations have the dtype of the parameters; norms, softmax, angles
+and logits are float32. Modules read their leaves from the tree and do not compare them with their
+own idea of a shape: `llama_jax.checkpoint` checks the tree once, when it is loaded.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llama_jax import rope
+from llama_jax.attention import attend
+from llama_jax.cache import Entries, KVCache, append
+from llama_jax.config import LlamaConfig
+
+Params = Any  # nested dicts of arrays, as `Llama.init` makes them
+
+
+def leaf(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> jax.Array:
+    """The parameter `name` of `module`: from the tree, or a new one in `init`."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), float32 inside, as in Meta's reference."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = leaf(self, "scale", nn.initializers.ones, x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale
+
+
+class Embedding(nn.Module):
+    """A table [V, D]: the rows of tokens, or the kernel of a head."""
+
+    vocab_size: int
+    dim: int
+    leaf_name: str = "embedding"
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        shape = self.vocab_size, self.dim
+        return leaf(self, self.leaf_name, nn.initializers.normal(0.02), shape)
+
+
+class Linear(nn.Module):
+    """A product with a kernel [out, in], without bias."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(0.02)
+        kernel = leaf(self, "kernel", init, (self.features, x.shape[-1]))
+        return jnp.einsum("...i,oi->...o", x, kernel)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rotation, cached: Entries | None, length_B):
+        N, K, H = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
+
+        def heads(name, n):
+            y = Linear(n * H, name=name)(x_BTD)
+            return y.reshape(*y.shape[:2], n, H)
+
+        q_BTNH = rope.rotate(heads("q", N), rotation)
+        k_BTKH = rope.rotate(heads("k", K), rotation)
+        new = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(heads("v", K), 1, 2)
+        out = attend(q_BTNH, new, cached, length_B)
+        return Linear(self.config.dim, name="o")(out), new
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        gate = nn.silu(Linear(self.config.mlp_dim, name="gate")(x_BTD))
+        up = Linear(self.config.mlp_dim, name="up")(x_BTD)
+        return Linear(self.config.dim, name="down")(gate * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind its norm and beside its residual."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, rotation, cached: Entries | None, length_B):
+        eps = self.config.norm_eps
+        attention = Attention(self.config, name="attention")
+        mixed, new = attention(
+            RMSNorm(eps, name="attention_norm")(x_BTD), rotation, cached, length_B
+        )
+        x_BTD = x_BTD + mixed
+        return x_BTD + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD)), new
+
+
+class Llama(nn.Module):
+    """The whole network. Layers are unrolled: see the first table of docs/LOG.md."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        cache: KVCache | None = None,
+        lengths_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[Entries, ...]]:
+        """Logits, and the keys and values of the new positions for `append`.
+
+        Args:
+          tokens_BT: int32; each row continues what `cache` holds of it.
+          cache: earlier positions; None where there are none.
+          lengths_B: if given, each row has only so many tokens, padded on the right, and only
+            the logits of its last one are computed.
+
+        Returns float32 [B, T, V], or [B, 1, V] if `lengths_B` is given, and L entries.
+        """
+        config = self.config
+        B, T = tokens_BT.shape
+        past_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length
+        rotation = rope.rotations(config, past_B[:, None] + jnp.arange(T))
+        table_VD = Embedding(config.vocab_size, config.dim, name="embed")()
+        x_BTD = table_VD[tokens_BT]
+        new = []
+        for i in range(config.n_layers):
+            cached = None if cache is None else cache.layers[i]
+            x_BTD, entries = Block(config, name=f"layers_{i}")(x_BTD, rotation, cached, past_B)
+            new.append(entries)
+        if lengths_B is not None:
+            last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
+            x_BTD = jnp.take_along_axis(x_BTD, last_B11, axis=1)
+        x_BTD = RMSNorm(config.norm_eps, name="norm")(x_BTD)
+        head_VD = (
+            table_VD
+            if config.tie_embeddings
+            else Embedding(config.vocab_size, config.dim, leaf_name="kernel", name="head")()
+        )
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
+        return logits_BTV, tuple(new)
+
+
+def forward(
+    config: LlamaConfig, params: Params, tokens_BT: jax.Array, cache: KVCache | None = None
+) -> tuple[jax.Array, KVCache | None]:
+    """Logits of every position, and the cache with these tokens appended.
+
+    Args:
+      params: the tree that `Llama(config).init` makes and `llama_jax.load` reads.
+      tokens_BT: int32; each row continues what `cache` holds of it.
+      cache: from `init_cache` or an earlier call, with room for T more; None for no cache.
+
+    Returns float32 [B, T, V], and None if `cache` is None.
+    """
+    logits_BTV, new = Llama(config).apply({"params": params}, tokens_BT, cache)
+    if cache is None:
+        return logits_BTV, None
+    B, T = tokens_BT.shape
+    return logits_BTV, append(cache, new, jnp.full(B, T, jnp.int32))
