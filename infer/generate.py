@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from infer.sampling import Sampling, sample, settings
+from infer.sampling import Array, Sampling, sample, settings
 from llama_jax.cache import KVCache, append, init_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
@@ -51,8 +51,8 @@ class Request:
     """What a step only reads: B rows."""
 
     sampling: Sampling
-    limit: jax.Array  # int32 [B], most tokens to draw
-    stop_ids: jax.Array  # int32 [STOP_IDS], ids that end a row
+    limit: Array  # int32 [B], most tokens to draw
+    stop_ids: Array  # int32 [STOP_IDS], ids that end a row
 
 
 class Shapes(NamedTuple):
@@ -114,7 +114,7 @@ def prefill(
 ) -> State:
     """Reads the next `lengths_B` tokens of each row; draws the first token where `last_B`."""
     logits_B1V, new = Llama(config).apply({"params": params}, tokens_BT, state.cache, lengths_B)
-    valid = jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+    valid = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
     seen = state.seen.at[jnp.arange(len(tokens_BT))[:, None], tokens_BT].max(valid)
     state = state.replace(cache=append(state.cache, new, lengths_B), seen=seen)
     return _draw(state, logits_B1V[:, 0], request, last_B)
@@ -144,10 +144,11 @@ def decode(
 
 
 class Programs(NamedTuple):
-    """`prefill` and `decode`, compiled for one set of shapes."""
+    """What a request runs, compiled for its shapes."""
 
-    prefill: Any
-    decode: Any
+    init: Any  # () -> State
+    prefill: Any  # (params, state, request, tokens_BT, lengths_B, last_B) -> State
+    decode: Any  # (params, state, request, steps) -> State
 
 
 def request_shapes(
@@ -188,18 +189,34 @@ def _compile(config: LlamaConfig, avals: tuple, tree: Any, shapes: Shapes) -> Pr
     ints, bools = (jax.ShapeDtypeStruct((B,), dtype) for dtype in (jnp.int32, jnp.bool))
     tokens = jax.ShapeDtypeStruct((B, shapes.chunk), jnp.int32)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(lambda: init_state(config, params, shapes))
-    request = jax.eval_shape(
-        lambda: Request(
-            settings([(0, 0)] * B), jnp.zeros(B, jnp.int32), jnp.zeros(STOP_IDS, jnp.int32)
-        )
-    )
+    init = jax.jit(functools.partial(init_state, config, params, shapes))
+    state = jax.eval_shape(init)
+    request = make_request(config, [[0]] * B, settings([(0, 0)] * B), 1, ())
     lowered = (
+        init.lower(),
         prefill.lower(config, params, state, request, tokens, ints, bools),
         decode.lower(config, params, state, request, steps),
     )
     with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
         return Programs(*pool.map(lambda program: program.compile(), lowered))
+
+
+def make_request(
+    config: LlamaConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Iterable[int],
+) -> Request:
+    """Raises `UserError` for more stop ids than `STOP_IDS`."""
+    stops = sorted(stop_ids)
+    if len(stops) > STOP_IDS:
+        raise UserError(f"{len(stops)} stop ids, expected at most {STOP_IDS}")
+    return Request(
+        sampling=sampling,
+        limit=np.array([min(max_new_tokens, config.context - len(p)) for p in prompts], np.int32),
+        stop_ids=np.array(stops + [-1] * (STOP_IDS - len(stops)), np.int32),
+    )
 
 
 @dataclass(frozen=True)
@@ -244,14 +261,10 @@ def stream(
     """
     shapes = request_shapes(config, prompts, max_new_tokens, n_logprobs)
     programs = compile_programs(config, params, shapes)
-    stops = sorted(stop_ids)
-    if len(stops) > STOP_IDS:
-        raise UserError(f"{len(stops)} stop ids, expected at most {STOP_IDS}")
-    stops = np.array(stops + [-1] * (STOP_IDS - len(stops)), np.int32)
+    request = make_request(config, prompts, sampling, max_new_tokens, stop_ids)
+    request = jax.device_put(request)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    limit = np.minimum(max_new_tokens, config.context - lengths)
-    request = Request(sampling, jnp.asarray(limit), jnp.asarray(stops))
-    state = init_state(config, params, shapes)
+    state = programs.init()
 
     chunk = shapes.chunk
     padded = np.zeros((len(prompts), -(-lengths.max() // chunk) * chunk), np.int32)
@@ -266,7 +279,7 @@ def stream(
 
     steps = steps_a_fetch or 1
     while True:
-        progress = _fetch(state, stops)
+        progress = _fetch(state, request.stop_ids)
         yield progress
         if progress.done.all():
             return
@@ -302,7 +315,7 @@ def generate(
     return last
 
 
-def _fetch(state: State, stops: np.ndarray) -> Progress:
+def _fetch(state: State, stop_ids: jax.Array) -> Progress:
     host = jax.device_get(state.replace(cache=None, seen=None, token=None))
     rows = np.arange(len(host.count))
     last = host.tokens[rows, np.maximum(host.count - 1, 0)]
@@ -310,7 +323,7 @@ def _fetch(state: State, stops: np.ndarray) -> Progress:
         tokens=host.tokens,
         count=host.count,
         done=host.done,
-        stopped=host.done & np.isin(last, stops),
+        stopped=host.done & np.isin(last, stop_ids),
         logprobs=host.logprobs,
         top_ids=host.top_ids,
         top_logprobs=host.top_logprobs,

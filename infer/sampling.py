@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+Array = jax.Array | np.ndarray
+
 DROPPED = -1e30
 
 
@@ -22,12 +24,12 @@ DROPPED = -1e30
 class Sampling:
     """Settings of B rows. The defaults of `settings` leave the model's distribution as it is."""
 
-    temperature: jax.Array  # float32 [B]; 0 is greedy
-    top_k: jax.Array  # int32 [B]; 0 is off
-    top_p: jax.Array  # float32 [B]; 1 is off
-    min_p: jax.Array  # float32 [B]; 0 is off
-    repetition_penalty: jax.Array  # float32 [B]; 1 is off
-    key: jax.Array  # PRNG keys [B]
+    temperature: Array  # float32 [B]; 0 is greedy
+    top_k: Array  # int32 [B]; 0 is off
+    top_p: Array  # float32 [B]; 1 is off
+    min_p: Array  # float32 [B]; 0 is off
+    repetition_penalty: Array  # float32 [B]; 1 is off
+    seed: Array  # uint32 [B, 2], from `row_seeds`
 
 
 def settings(
@@ -39,18 +41,15 @@ def settings(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Sampling:
-    """The same settings for every row; `seeds` holds (seed, stream) of each (see `row_seeds`)."""
+    """The same settings for each of the B rows that `seeds` (see `row_seeds`) has."""
     B = len(seeds)
-    key = jax.vmap(lambda pair: jax.random.fold_in(jax.random.key(pair[0]), pair[1]))(
-        jnp.asarray(np.array(seeds, np.uint32).reshape(B, 2))
-    )
     return Sampling(
-        temperature=jnp.full(B, temperature, jnp.float32),
-        top_k=jnp.full(B, top_k, jnp.int32),
-        top_p=jnp.full(B, top_p, jnp.float32),
-        min_p=jnp.full(B, min_p, jnp.float32),
-        repetition_penalty=jnp.full(B, repetition_penalty, jnp.float32),
-        key=key,
+        temperature=np.full(B, temperature, np.float32),
+        top_k=np.full(B, top_k, np.int32),
+        top_p=np.full(B, top_p, np.float32),
+        min_p=np.full(B, min_p, np.float32),
+        repetition_penalty=np.full(B, repetition_penalty, np.float32),
+        seed=np.array(seeds, np.uint32).reshape(B, 2),
     )
 
 
@@ -77,7 +76,7 @@ def sample(
     Args:
       logits_BV: float32.
       seen_BV: bool, tokens that the repetition penalty lowers (prompt and text so far).
-      step_B: int32, how many tokens the row has drawn: its key is folded with it.
+      step_B: int32, how many tokens the row has drawn: each draw has a key of its own.
     """
     logits_BV = penalize(logits_BV, seen_BV, sampling.repetition_penalty)
     greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -85,11 +84,17 @@ def sample(
     def draw():
         temperature = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
         kept = keep(logits_BV / temperature[:, None], sampling)
-        keys = jax.vmap(jax.random.fold_in)(sampling.key, step_B)
-        drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        drawn = jax.vmap(jax.random.categorical)(_keys(sampling, step_B), kept).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, greedy)
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+
+
+def _keys(sampling: Sampling, step_B: jax.Array) -> jax.Array:
+    def key(seed, step):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), step)
+
+    return jax.vmap(key)(sampling.seed, step_B)
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array) -> jax.Array:

@@ -17,6 +17,20 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def keep_compilations() -> None:
+    """Lets JAX keep compiled programs on disk, so that a second run does not compile.
+
+    They lie in `~/.cache/llama_jax`, or where JAX_COMPILATION_CACHE_DIR points.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "llama_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def run(main: Callable[[list[str]], None], prog: str) -> NoReturn:
     """Calls `main(arguments)` and exits: 0 when it returns, 2 on a user's mistake.
 
