@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from infer.sampling import Array, Sampling, sample, settings
+from infer.sampling import Sampling, sample, settings
 from llama_jax.cache import KVCache, append, init_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
-from llama_jax.model import Llama, Params
+from llama_jax.model import Params, logits_and_entries
 
 CHUNK = 512  # most tokens of a row that one call of `prefill` reads
 SMALLEST_BUCKET = 16
@@ -31,8 +31,7 @@ STOP_IDS = 8  # room for stop ids; unused places hold -1
 SECONDS_A_FETCH = 0.05  # `stream` fetches about this often
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """All that a step reads and writes, B rows with room for S positions; donated to each call."""
 
     cache: KVCache
@@ -46,13 +45,12 @@ class State:
     top_logprobs: jax.Array  # float32 [B, S, n]
 
 
-@struct.dataclass
-class Request:
+class Request(struct.PyTreeNode):
     """What a step only reads: B rows."""
 
     sampling: Sampling
-    limit: Array  # int32 [B], most tokens to draw
-    stop_ids: Array  # int32 [STOP_IDS], ids that end a row
+    limit: jax.Array  # int32 [B], most tokens to draw
+    stop_ids: jax.Array  # int32 [STOP_IDS], ids that end a row
 
 
 class Shapes(NamedTuple):
@@ -113,7 +111,7 @@ def prefill(
     last_B: jax.Array,
 ) -> State:
     """Reads the next `lengths_B` tokens of each row; draws the first token where `last_B`."""
-    logits_B1V, new = Llama(config).apply({"params": params}, tokens_BT, state.cache, lengths_B)
+    logits_B1V, new = logits_and_entries(config, params, tokens_BT, state.cache, lengths_B)
     valid = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
     seen = state.seen.at[jnp.arange(len(tokens_BT))[:, None], tokens_BT].max(valid)
     state = state.replace(cache=append(state.cache, new, lengths_B), seen=seen)
@@ -129,7 +127,7 @@ def decode(
     def step(carry):
         i, state = carry
         active = ~state.done
-        logits_B1V, new = Llama(config).apply({"params": params}, state.token[:, None], state.cache)
+        logits_B1V, new = logits_and_entries(config, params, state.token[:, None], state.cache)
         drawn = _draw(state, logits_B1V[:, 0], request, active)
         # Rows that end here are never read again and write nothing. That the write waits for the
         # draw lets XLA do it in place, after the last read of the cache.
@@ -212,10 +210,11 @@ def make_request(
     stops = sorted(stop_ids)
     if len(stops) > STOP_IDS:
         raise UserError(f"{len(stops)} stop ids, expected at most {STOP_IDS}")
+    limit = [min(max_new_tokens, config.context - len(prompt)) for prompt in prompts]
     return Request(
         sampling=sampling,
-        limit=np.array([min(max_new_tokens, config.context - len(p)) for p in prompts], np.int32),
-        stop_ids=np.array(stops + [-1] * (STOP_IDS - len(stops)), np.int32),
+        limit=jnp.asarray(np.array(limit, np.int32)),
+        stop_ids=jnp.asarray(np.array(stops + [-1] * (STOP_IDS - len(stops)), np.int32)),
     )
 
 
@@ -262,7 +261,6 @@ def stream(
     shapes = request_shapes(config, prompts, max_new_tokens, n_logprobs)
     programs = compile_programs(config, params, shapes)
     request = make_request(config, prompts, sampling, max_new_tokens, stop_ids)
-    request = jax.device_put(request)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     state = programs.init()
 

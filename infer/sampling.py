@@ -15,21 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-Array = jax.Array | np.ndarray
-
 DROPPED = -1e30
 
 
-@struct.dataclass
-class Sampling:
+class Sampling(struct.PyTreeNode):
     """Settings of B rows. The defaults of `settings` leave the model's distribution as it is."""
 
-    temperature: Array  # float32 [B]; 0 is greedy
-    top_k: Array  # int32 [B]; 0 is off
-    top_p: Array  # float32 [B]; 1 is off
-    min_p: Array  # float32 [B]; 0 is off
-    repetition_penalty: Array  # float32 [B]; 1 is off
-    seed: Array  # uint32 [B, 2], from `row_seeds`
+    temperature: jax.Array  # float32 [B]; 0 is greedy
+    top_k: jax.Array  # int32 [B]; 0 is off
+    top_p: jax.Array  # float32 [B]; 1 is off
+    min_p: jax.Array  # float32 [B]; 0 is off
+    repetition_penalty: jax.Array  # float32 [B]; 1 is off
+    seed: jax.Array  # uint32 [B, 2], from `row_seeds`
 
 
 def settings(
@@ -44,12 +41,12 @@ def settings(
     """The same settings for each of the B rows that `seeds` (see `row_seeds`) has."""
     B = len(seeds)
     return Sampling(
-        temperature=np.full(B, temperature, np.float32),
-        top_k=np.full(B, top_k, np.int32),
-        top_p=np.full(B, top_p, np.float32),
-        min_p=np.full(B, min_p, np.float32),
-        repetition_penalty=np.full(B, repetition_penalty, np.float32),
-        seed=np.array(seeds, np.uint32).reshape(B, 2),
+        temperature=jnp.asarray(np.full(B, temperature, np.float32)),
+        top_k=jnp.asarray(np.full(B, top_k, np.int32)),
+        top_p=jnp.asarray(np.full(B, top_p, np.float32)),
+        min_p=jnp.asarray(np.full(B, min_p, np.float32)),
+        repetition_penalty=jnp.asarray(np.full(B, repetition_penalty, np.float32)),
+        seed=jnp.asarray(np.array(seeds, np.uint32).reshape(B, 2)),
     )
 
 

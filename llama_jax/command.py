@@ -24,7 +24,7 @@ def keep_compilations() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "llama_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

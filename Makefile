@@ -1,0 +1,41 @@
+# make sample   set up and generate text          make test   set up and run the tests
+# make setup    only set up                       make lint   what the continuous check runs first
+
+PYTHON ?= python3.11
+PROMPT ?= Once upon a time
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup sample test lint format clean
+
+setup: $(READY)
+
+# torch first and pinned: an unpinned one drags in gigabytes of CUDA.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,dev]'
+	touch $@
+
+out/tiny: $(READY)
+	$(BIN)/python -m train.tiny --output out/tiny-meta
+	$(BIN)/python -m convert.meta_to_orbax --input out/tiny-meta --output out/tiny --verify
+
+sample: out/tiny
+	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv out
