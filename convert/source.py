@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -22,7 +23,13 @@ from etils import epath
 
 from convert.names import weights
 from convert.progress import progress
-from llama_jax.checkpoint import LazyArray, check_shapes, open_tree, param_shapes
+from llama_jax.checkpoint import (
+    LazyArray,
+    check_shapes,
+    open_tree,
+    param_shapes,
+    refuse_unfinished,
+)
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 
@@ -35,11 +42,12 @@ _BLOCK = 1 << 22
 
 
 def input_directory(path: str) -> Path:
-    """`path` as a directory that exists; raises `UserError` otherwise."""
+    """`path` as a directory that exists and is finished; raises `UserError` otherwise."""
     directory = Path(path)
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise UserError(f"{directory} {what}, expected the directory of a checkpoint")
+    refuse_unfinished(directory)
     return directory
 
 
@@ -202,24 +210,24 @@ def check_tokenizer(file: Path, vocab_size: int) -> None:
 
 
 class Hashes:
-    """sha256 of files, computed in a thread while the same files are converted.
+    """sha256 of files, computed in threads while the same files are converted.
 
     hashlib releases the interpreter lock, and the pages are shared with the conversion through
-    the page cache. Where `md5` has an expected value for a file's name, it is checked as well.
+    the page cache. One core is left to the conversion, which is faster than one thread's hashing. Where `md5` has an expected value for a file's name, it is checked as well.
     """
 
     def __init__(self, files: Iterable[Path], md5: Mapping[str, str] | None = None):
         self._files, self._md5 = tuple(files), dict(md5 or {})
         self._stop = threading.Event()
-        self._thread = ThreadPoolExecutor(1)
+        self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1))
 
     def __enter__(self) -> Self:
-        self._entries = [self._thread.submit(self._hash, file) for file in self._files]
+        self._entries = [self._threads.submit(self._hash, file) for file in self._files]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
 
     def result(self) -> list[dict[str, Any]]:
         """[{"file", "bytes", "sha256"}] once all are read; `UserError` names a wrong md5."""

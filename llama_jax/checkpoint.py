@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
 
+_STAGING = re.compile(r"\..+\.partial-[0-9a-f]{8}")  # of `new_directory`
 REMOTE_CHUNK_BYTES = 64 << 20  # an object store is fastest with many requests at once
 
 
@@ -74,8 +76,9 @@ def param_shapes(config: LlamaConfig) -> dict[str, Any]:
 def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
     """Yields an empty directory that becomes `path` at the end, or vanishes on any exception.
 
-    It stands beside `path` as `.NAME.partial-XXXX`, so that a killed process leaves nothing
-    under the final name. Raises `UserError` where `path` exists, at the start and at the end.
+    It stands beside `path` as `.NAME.partial-XXXXXXXX`, so that a killed process leaves nothing
+    under the final name, and what it leaves is known by its name (`refuse_unfinished`).
+    Raises `UserError` where `path` exists, at the start and at the end.
     """
     path = _absolute(path)
     _refuse_existing(path)
@@ -92,6 +95,18 @@ def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
         if staging.exists():
             staging.rmtree()
         raise
+
+
+def refuse_unfinished(path: str | os.PathLike) -> None:
+    """Raises `UserError` where `path` is a directory that `new_directory` has not renamed yet.
+
+    Even one that looks complete: only the renaming says that it is.
+    """
+    if _STAGING.fullmatch(_absolute(path).name):
+        raise UserError(
+            f"{path} is unfinished: what wrote it was interrupted, or is still at work; if it was "
+            "interrupted, run it again and delete this directory"
+        )
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,7 @@ def load_config(path: str | os.PathLike) -> LlamaConfig:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}, expected a model directory")
+    refuse_unfinished(path)
     if not (path / "config.json").exists() or not (path / "params").is_dir():
         raise UserError(f"{path} is not a model directory: {_what_instead(path)}")
     file = path / "config.json"

@@ -23,7 +23,7 @@ import pytest
 
 from convert import meta_to_orbax, orbax_to_meta
 from convert.source import cast, model_leaves, same_bits
-from llama_jax.checkpoint import load_config, load_params
+from llama_jax.checkpoint import load, load_config, load_params, new_directory
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import UserError
 
@@ -688,3 +688,24 @@ def test_killed_at_any_moment_it_leaves_nothing_that_loads(tmp_path: Path):
         written = [n for n in pool.map(kill, range(len(moments))) if n is not None]
     assert len(written) >= 7  # a busy machine may finish one early
     assert len(set(written)) > 3  # at different moments of the writing
+
+
+def test_killed_before_the_renaming_a_complete_directory_does_not_load(tmp_path: Path):
+    meta = write_meta(tmp_path / "meta")
+    model = convert(meta, tmp_path / "model")
+
+    def unfinished(function: Callable[..., Any], *arguments: Any) -> None:
+        with pytest.raises(UserError, match=r"is unfinished: .* run it again and delete") as caught:
+            function(*arguments)
+        assert "\n" not in str(caught.value)
+
+    with new_directory(tmp_path / "again") as staging:
+        shutil.copytree(model, staging, dirs_exist_ok=True)
+        for function in (load, load_config, load_params):
+            unfinished(function, staging)
+        unfinished(back, staging, tmp_path / "other")
+    assert_same_model(model, tmp_path / "again")
+    with new_directory(tmp_path / "meta2") as staging:
+        shutil.copytree(meta, staging, dirs_exist_ok=True)
+        unfinished(convert, staging, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
