@@ -134,9 +134,9 @@ def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """float32 to uint32 in the same order: sign bit flipped, negative numbers reversed."""
+    """float32 to uint32 in the same order: 0 and -0 in the middle, negative numbers below."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    return jnp.where(bits >> 31 == 1, -bits, bits | jnp.uint32(1 << 31))
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], logits_BV: jax.Array) -> jax.Array:

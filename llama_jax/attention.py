@@ -40,14 +40,14 @@ def attend(
         return products * H**-0.5
 
     causal_TT = jnp.tril(jnp.ones((T, T), bool))
-    scores_BKGTS = jnp.where(causal_TT, scores(k_BKTH), MASKED)
+    scores_BKGTS = jnp.where(causal_TT[None, None, None], scores(k_BKTH), MASKED)
     if cached is None:
         weights = jax.nn.softmax(scores_BKGTS).astype(q_BTNH.dtype)
         out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKTH)
     else:
         k_BKSH, v_BKSH = cached
         S = k_BKSH.shape[2]
-        filled_BS = jnp.arange(S) < length_B[:, None]
+        filled_BS = jnp.arange(S)[None] < length_B[:, None]
         past = jnp.where(filled_BS[:, None, None, None], scores(k_BKSH), MASKED)
         weights = jax.nn.softmax(jnp.concatenate([past, scores_BKGTS], axis=-1))
         weights = weights.astype(q_BTNH.dtype)

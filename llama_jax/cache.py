@@ -14,8 +14,7 @@ from llama_jax.config import LlamaConfig
 Entries = tuple[jax.Array, jax.Array]  # keys and values of T positions of one layer, [B, K, T, H]
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of all positions so far; slots from `length` on are never read."""
 
     layers: tuple[Entries, ...]  # L of them, S positions each
@@ -46,9 +45,9 @@ def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCa
       length [2, 5], T 3, lengths [3, 1] -> slots 2, 3, 4 of row 0 and slot 5 of row 1
     """
     B, _, T, _ = new[0][0].shape
-    steps = jnp.arange(T)
-    valid = steps < lengths[:, None]
-    slots_BT = jnp.where(valid, cache.length[:, None] + steps, cache.capacity)
+    steps_1T = jnp.arange(T)[None]
+    valid_BT = steps_1T < lengths[:, None]
+    slots_BT = jnp.where(valid_BT, cache.length[:, None] + steps_1T, cache.capacity)
     rows_B1 = jnp.arange(B)[:, None]
 
     def write(old_BKSH, new_BKTH):

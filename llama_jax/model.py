@@ -37,11 +37,11 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = leaf(self, "scale", nn.initializers.ones, x.shape[-1:])
-        x32 = x.astype(jnp.float32)
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale_D = leaf(self, "scale", nn.initializers.ones, x_BTD.shape[-1:])
+        x32 = x_BTD.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale
+        return normed.astype(x_BTD.dtype) * scale_D[None, None]
 
 
 class Embedding(nn.Module):
@@ -142,7 +142,7 @@ class Llama(nn.Module):
         config = self.config
         B, T = tokens_BT.shape
         past_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length
-        rotation = rope.rotations(config, past_B[:, None] + jnp.arange(T))
+        rotation = rope.rotations(config, past_B[:, None] + jnp.arange(T)[None])
         table_VD = Embedding(config.vocab_size, config.dim, name="embed")()
         x_BTD = table_VD[tokens_BT]
         new = []
@@ -163,6 +163,18 @@ class Llama(nn.Module):
         return logits_BTV, tuple(new)
 
 
+def logits_and_entries(
+    config: LlamaConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    cache: KVCache | None = None,
+    lengths_B: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[Entries, ...]]:
+    """`Llama.__call__` as a function of the parameters."""
+    result: Any = Llama(config).apply({"params": params}, tokens_BT, cache, lengths_B)
+    return result
+
+
 def forward(
     config: LlamaConfig, params: Params, tokens_BT: jax.Array, cache: KVCache | None = None
 ) -> tuple[jax.Array, KVCache | None]:
@@ -175,7 +187,7 @@ def forward(
 
     Returns float32 [B, T, V], and None if `cache` is None.
     """
-    logits_BTV, new = Llama(config).apply({"params": params}, tokens_BT, cache)
+    logits_BTV, new = logits_and_entries(config, params, tokens_BT, cache)
     if cache is None:
         return logits_BTV, None
     B, T = tokens_BT.shape

@@ -13,9 +13,15 @@ from llama_jax.config import LlamaConfig, RopeScaling
 
 
 def frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians a position for each pair of dimensions, float32 [H/2]."""
+    """Radians a position for each pair of dimensions, float32 [H/2].
+
+    To the last bit those of Meta's and Hugging Face's code for every released model: at position
+    8000, one unit in the last place of a frequency turns its pair by half a thousandth.
+    """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    f = np.float32(1) / np.float32(config.rope_theta) ** exponents
+    # The power in float64: NumPy's in float32 is off in the last place, PyTorch's is not.
+    powers = (np.float64(config.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
+    f = np.float32(1) / powers
     return f if config.rope_scaling is None else _scale(f, config.rope_scaling)
 
 
@@ -33,7 +39,8 @@ def _scale(f: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 def rotations(config: LlamaConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of every angle, each float32 [B, T, 1, H/2] (1 for the heads)."""
-    angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies(config)
+    f = frequencies(config)[None, None, None]
+    angles = positions_BT[..., None, None].astype(jnp.float32) * f
     return jnp.cos(angles), jnp.sin(angles)
 
 
