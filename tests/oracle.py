@@ -80,6 +80,7 @@ def transformers_model(config: LlamaConfig, params: Params) -> Any:
     """LlamaForCausalLM in float32 with these weights; skips the test where it is not installed."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)  # arrays this small only wait for a second thread
     hf_config = transformers.LlamaConfig.from_dict(config.to_hf("float32"))
     hf_config._attn_implementation = "eager"
     model = transformers.LlamaForCausalLM(hf_config).eval()
