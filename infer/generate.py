@@ -40,7 +40,8 @@ class State(struct.PyTreeNode):
     done: jax.Array  # bool [B]
     seen: jax.Array  # bool [B, V], tokens of prompt and completion
     tokens: jax.Array  # int32 [B, S], all tokens drawn, a stop id included
-    logprobs: jax.Array  # float32 [B, S], of the tokens drawn, by the unchanged distribution
+    # Of the distribution before any setting; not recorded where n is 0.
+    logprobs: jax.Array  # float32 [B, S], of the tokens drawn
     top_ids: jax.Array  # int32 [B, S, n], the n likeliest tokens at each place
     top_logprobs: jax.Array  # float32 [B, S, n]
 
@@ -86,17 +87,20 @@ def _draw(state: State, logits_BV: jax.Array, request: Request, active_B: jax.Ar
     at = rows, jnp.where(active_B, state.count, state.tokens.shape[1])  # elsewhere: dropped
     count = state.count + active_B
     stopped = jnp.isin(token, request.stop_ids) | (count >= request.limit)
-    logprobs_BV = jax.nn.log_softmax(logits_BV)
-    top_logprobs, top_ids = jax.lax.top_k(logprobs_BV, state.top_ids.shape[2])
+    if n_logprobs := state.top_ids.shape[2]:
+        logprobs_BV = jax.nn.log_softmax(logits_BV)
+        top_logprobs, top_ids = jax.lax.top_k(logprobs_BV, n_logprobs)
+        state = state.replace(
+            logprobs=state.logprobs.at[at].set(logprobs_BV[rows, token], mode="drop"),
+            top_ids=state.top_ids.at[at].set(top_ids, mode="drop"),
+            top_logprobs=state.top_logprobs.at[at].set(top_logprobs, mode="drop"),
+        )
     return state.replace(
         token=jnp.where(active_B, token, state.token),
         count=count,
         done=state.done | (active_B & stopped),
         seen=state.seen.at[rows, token].max(active_B),
         tokens=state.tokens.at[at].set(token, mode="drop"),
-        logprobs=state.logprobs.at[at].set(logprobs_BV[rows, token], mode="drop"),
-        top_ids=state.top_ids.at[at].set(top_ids, mode="drop"),
-        top_logprobs=state.top_logprobs.at[at].set(top_logprobs, mode="drop"),
     )
 
 
@@ -226,7 +230,7 @@ class Progress:
     count: np.ndarray  # int32 [B]
     done: np.ndarray  # bool [B]
     stopped: np.ndarray  # bool [B], the last token is a stop id
-    logprobs: np.ndarray  # float32 [B, S]
+    logprobs: np.ndarray  # float32 [B, S], zeros unless n > 0
     top_ids: np.ndarray  # int32 [B, S, n]
     top_logprobs: np.ndarray  # float32 [B, S, n]
 

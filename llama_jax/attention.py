@@ -39,19 +39,21 @@ def attend(
         )
         return products * H**-0.5
 
+    # Results have the batch axes first, as the products compute them: any other order makes XLA
+    # transpose the whole cache instead of the small result.
+    def mix(weights_BKGTS, v_BKSH):
+        return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
+
     causal_TT = jnp.tril(jnp.ones((T, T), bool))
     scores_BKGTS = jnp.where(causal_TT[None, None, None], scores(k_BKTH), MASKED)
     if cached is None:
-        weights = jax.nn.softmax(scores_BKGTS).astype(q_BTNH.dtype)
-        out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKTH)
+        out_BKGTH = mix(jax.nn.softmax(scores_BKGTS).astype(q_BTNH.dtype), v_BKTH)
     else:
         k_BKSH, v_BKSH = cached
         S = k_BKSH.shape[2]
         filled_BS = jnp.arange(S)[None] < length_B[:, None]
-        past = jnp.where(filled_BS[:, None, None, None], scores(k_BKSH), MASKED)
-        weights = jax.nn.softmax(jnp.concatenate([past, scores_BKGTS], axis=-1))
+        past_BKGTS = jnp.where(filled_BS[:, None, None, None], scores(k_BKSH), MASKED)
+        weights = jax.nn.softmax(jnp.concatenate([past_BKGTS, scores_BKGTS], axis=-1))
         weights = weights.astype(q_BTNH.dtype)
-        out_BTKGH = jnp.einsum("BKGTS,BKSH->BTKGH", weights[..., :S], v_BKSH) + jnp.einsum(
-            "BKGTS,BKSH->BTKGH", weights[..., S:], v_BKTH
-        )
-    return out_BTKGH.reshape(B, T, N * H)
+        out_BKGTH = mix(weights[..., :S], v_BKSH) + mix(weights[..., S:], v_BKTH)
+    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N * H)
