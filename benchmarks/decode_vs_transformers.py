@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import transformers
 
-import llama_jax
 from convert.names import weights
 from infer.generate import compile_programs, request_shapes, stream
 from infer.sampling import settings
@@ -94,7 +93,7 @@ def ours(params: dict, prompts: np.ndarray, n: int) -> tuple[float, float, np.nd
 def theirs(model: transformers.LlamaForCausalLM, prompts: np.ndarray, n: int):
     """The same of transformers: `generate` for one token, and for all."""
     ids = torch.from_numpy(prompts)
-    arguments = dict(do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True)
+    arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}
     mask = torch.ones_like(ids)
     began = time.perf_counter()
     model.generate(ids, attention_mask=mask, max_new_tokens=1, **arguments)

@@ -1,7 +1,7 @@
-"""Generation: prompts in, tokens out, by two compiled programs with static shapes.
+"""Generation: prompts in, tokens out, by compiled programs with static shapes.
 
-`prefill` reads one chunk of the prompts, `decode` runs up to a given number of steps in a compiled
-loop. `generate` runs `decode` to the end, `stream` a few steps at a time: the same step, the same
+`start` reads the first chunk of the prompts, `extend` each further one of long prompts, `decode`
+runs up to a given number of steps in a compiled loop. `generate` runs `decode` to the end, `stream` a few steps at a time: the same step, the same
 tokens. Prompt length and room are padded to powers of two, everything else that a request
 changes (temperatures, stop ids, number of steps) is an array, so that it never recompiles. This
 module knows token ids only, no text.
@@ -20,12 +20,12 @@ import numpy as np
 from flax import struct
 
 from infer.sampling import Sampling, sample, settings
-from llama_jax.cache import KVCache, append, init_cache
+from llama_jax.cache import Entries, KVCache, append, init_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.model import Params, logits_and_entries
 
-CHUNK = 512  # most tokens of a row that one call of `prefill` reads
+CHUNK = 512  # most tokens of a row that `start` or `extend` reads
 SMALLEST_BUCKET = 16
 STOP_IDS = 8  # room for stop ids; unused places hold -1
 SECONDS_A_FETCH = 0.05  # `stream` fetches about this often
@@ -58,14 +58,15 @@ class Shapes(NamedTuple):
     """The static sizes of a request: what decides whether it needs a compilation."""
 
     batch: int
-    chunk: int  # T of `prefill`
+    chunk: int  # T of `start` and `extend`
     room: int  # S
     n_logprobs: int
+    long: bool = False  # whether a prompt takes more than one chunk
 
 
 def init_state(config: LlamaConfig, params: Params, shapes: Shapes) -> State:
     """A state before the first token; the cache has the dtype of the embedding."""
-    batch, _, room, n_logprobs = shapes
+    batch, room, n_logprobs = shapes.batch, shapes.room, shapes.n_logprobs
     ints = functools.partial(jnp.zeros, dtype=jnp.int32)
     return State(
         cache=init_cache(config, batch, room, params["embed"]["embedding"].dtype),
@@ -104,22 +105,55 @@ def _draw(state: State, logits_BV: jax.Array, request: Request, active_B: jax.Ar
     )
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def prefill(
+def _write(drawn: State, new: tuple[Entries, ...], lengths_B: jax.Array) -> State:
+    """Appends the new entries to the cache, except in rows that are done.
+
+    Those are never read again. That the write waits for the draw lets XLA do it in place, after
+    the last read of the cache (figures in docs/LOG.md).
+    """
+    lengths_B = jnp.where(drawn.done, 0, lengths_B)
+    return drawn.replace(cache=append(drawn.cache, new, lengths_B))
+
+
+class Chunk(NamedTuple):
+    """The next tokens of each prompt."""
+
+    tokens: jax.Array  # int32 [B, T], padded on the right
+    lengths: jax.Array  # int32 [B]
+    last: jax.Array  # bool [B], the prompt ends here
+
+
+def _read(
     config: LlamaConfig,
     params: Params,
     state: State,
+    cache: KVCache | None,
     request: Request,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    last_B: jax.Array,
+    chunk: Chunk,
 ) -> State:
-    """Reads the next `lengths_B` tokens of each row; draws the first token where `last_B`."""
-    logits_B1V, new = logits_and_entries(config, params, tokens_BT, state.cache, lengths_B)
-    valid = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
-    seen = state.seen.at[jnp.arange(len(tokens_BT))[:, None], tokens_BT].max(valid)
-    state = state.replace(cache=append(state.cache, new, lengths_B), seen=seen)
-    return _draw(state, logits_B1V[:, 0], request, last_B)
+    """Reads a chunk behind `cache`; draws the first token where the prompt ends."""
+    tokens_BT, lengths_B, last_B = chunk
+    logits_B1V, new = logits_and_entries(config, params, tokens_BT, cache, lengths_B)
+    valid_BT = jnp.arange(tokens_BT.shape[1])[None] < lengths_B[:, None]
+    seen = state.seen.at[jnp.arange(len(tokens_BT))[:, None], tokens_BT].max(valid_BT)
+    drawn = _draw(state.replace(seen=seen), logits_B1V[:, 0], request, last_B)
+    return _write(drawn, new, lengths_B)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shapes"))
+def start(
+    config: LlamaConfig, shapes: Shapes, params: Params, request: Request, chunk: Chunk
+) -> State:
+    """The state after the first chunk, which sees nothing but itself."""
+    return _read(config, params, init_state(config, params, shapes), None, request, chunk)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def extend(
+    config: LlamaConfig, params: Params, state: State, request: Request, chunk: Chunk
+) -> State:
+    """The state after a further chunk."""
+    return _read(config, params, state, state.cache, request, chunk)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -133,10 +167,7 @@ def decode(
         active = ~state.done
         logits_B1V, new = logits_and_entries(config, params, state.token[:, None], state.cache)
         drawn = _draw(state, logits_B1V[:, 0], request, active)
-        # Rows that end here are never read again and write nothing. That the write waits for the
-        # draw lets XLA do it in place, after the last read of the cache.
-        wrote = (active & ~drawn.done).astype(jnp.int32)
-        return i + 1, drawn.replace(cache=append(state.cache, new, wrote))
+        return i + 1, _write(drawn, new, active.astype(jnp.int32))
 
     def unfinished(carry):
         i, state = carry
@@ -148,9 +179,9 @@ def decode(
 class Programs(NamedTuple):
     """What a request runs, compiled for its shapes."""
 
-    init: Any  # () -> State
-    prefill: Any  # (params, state, request, tokens_BT, lengths_B, last_B) -> State
+    start: Any  # (params, request, chunk) -> State
     decode: Any  # (params, state, request, steps) -> State
+    extend: Any  # (params, state, request, chunk) -> State; None unless a prompt is long
 
 
 def request_shapes(
@@ -174,7 +205,8 @@ def request_shapes(
             "shorten the prompt"
         )
     room = min(longest + max_new_tokens, config.context)
-    return Shapes(len(prompts), min(_bucket(longest), CHUNK), _bucket(room), n_logprobs)
+    chunk = min(_bucket(longest), CHUNK)
+    return Shapes(len(prompts), chunk, _bucket(room), n_logprobs, longest > chunk)
 
 
 def compile_programs(config: LlamaConfig, params: Params, shapes: Shapes) -> Programs:
@@ -188,19 +220,34 @@ def compile_programs(config: LlamaConfig, params: Params, shapes: Shapes) -> Pro
 def _compile(config: LlamaConfig, avals: tuple, tree: Any, shapes: Shapes) -> Programs:
     params = jax.tree.unflatten(tree, avals)
     B = shapes.batch
-    ints, bools = (jax.ShapeDtypeStruct((B,), dtype) for dtype in (jnp.int32, jnp.bool))
-    tokens = jax.ShapeDtypeStruct((B, shapes.chunk), jnp.int32)
-    steps = jax.ShapeDtypeStruct((), jnp.int32)
-    init = jax.jit(functools.partial(init_state, config, params, shapes))
-    state = jax.eval_shape(init)
     request = make_request(config, [[0]] * B, settings([(0, 0)] * B), 1, ())
-    lowered = (
-        init.lower(),
-        prefill.lower(config, params, state, request, tokens, ints, bools),
-        decode.lower(config, params, state, request, steps),
-    )
+    chunk = next(chunks([[0]] * B, shapes.chunk))
+    state = jax.eval_shape(functools.partial(start, config, shapes), params, request, chunk)
+    lowered = [
+        start.lower(config, shapes, params, request, chunk),
+        decode.lower(config, params, state, request, np.int32(1)),
+    ]
+    if shapes.long:
+        lowered.append(extend.lower(config, params, state, request, chunk))
     with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
-        return Programs(*pool.map(lambda program: program.compile(), lowered))
+        compiled = list(pool.map(lambda program: program.compile(), lowered))
+    return Programs(*compiled, *[None] * (3 - len(compiled)))
+
+
+def chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
+    """The prompts in pieces of `size` positions; a row that has ended has length 0.
+
+    prompts abc, d; size 2 -> (ab, d.; lengths 2, 1; last no, yes), (c., ..; 1, 0; yes, no)
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    for begin in range(0, lengths.max(), size):
+        tokens = np.zeros((len(prompts), size), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            piece = prompt[begin : begin + size]
+            row[: len(piece)] = piece
+        last = (lengths > begin) & (lengths <= begin + size)
+        valid = np.clip(lengths - begin, 0, size)
+        yield Chunk(jnp.asarray(tokens), jnp.asarray(valid), jnp.asarray(last))
 
 
 def make_request(
@@ -265,19 +312,10 @@ def stream(
     shapes = request_shapes(config, prompts, max_new_tokens, n_logprobs)
     programs = compile_programs(config, params, shapes)
     request = make_request(config, prompts, sampling, max_new_tokens, stop_ids)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    state = programs.init()
-
-    chunk = shapes.chunk
-    padded = np.zeros((len(prompts), -(-lengths.max() // chunk) * chunk), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    for start in range(0, padded.shape[1], chunk):
-        valid = np.clip(lengths - start, 0, chunk)
-        last = (lengths > start) & (lengths <= start + chunk)
-        state = programs.prefill(
-            params, state, request, padded[:, start : start + chunk], valid, last
-        )
+    first, *others = chunks(prompts, shapes.chunk)
+    state = programs.start(params, request, first)
+    for chunk in others:
+        state = programs.extend(params, state, request, chunk)
 
     steps = steps_a_fetch or 1
     while True:

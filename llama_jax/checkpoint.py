@@ -320,14 +320,15 @@ def _handler(ocp: Any, progress: Callable[[str, int], None] | None) -> Any:
 
     class LazyHandler(ocp.type_handlers.NumpyHandler):
         async def serialize(self, values, infos, args=None):
-            for value, info, arg in zip(values, infos, args, strict=True):
+            for value, info, arg in zip(values, infos, args or [], strict=True):
                 array = value.read()
                 if array.shape != tuple(value.shape) or array.dtype != value.dtype:
                     raise TypeError(f"{info.name}: read {array.dtype}{array.shape}, not {value}")
                 info = info.replace(ts_context=context)
-                for future in await super().serialize([array], [info], [arg]):
-                    future.result()
-                del array, future
+                futures = await super().serialize([array], [info], [arg])
+                while futures:
+                    futures.pop().result()
+                del array, futures
                 if progress:
                     progress(info.name, value.nbytes)
             return []

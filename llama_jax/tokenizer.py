@@ -296,7 +296,7 @@ class HuggingFace(Tokenizer):
             self._model: Any = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
         except UnicodeDecodeError:
             raise _Malformed("is JSON but not UTF-8") from None
-        except Exception as error:  # the package raises no narrower type
+        except Exception as error:  # noqa: BLE001  the package raises no narrower type
             raise _Malformed(
                 f"is no valid tokenizer.json ({' '.join(str(error).split())})"
             ) from None

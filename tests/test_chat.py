@@ -95,7 +95,8 @@ def check_llama3(tokenizer, version):
     ids, mask = encode_chat(tokenizer, DIALOG, version)
     assert ids == expected
     assert learned(tokenizer, ids, mask) == [("it sat", eot)]
-    assert ids.count(eot) == 4 and ids.count(tokenizer.bos_id) == 1
+    assert ids.count(eot) == 4
+    assert ids.count(tokenizer.bos_id) == 1
 
     n = len(message("assistant", "")) - 1
     trained = encode_chat(tokenizer, DIALOG, version, add_generation_prompt=False)

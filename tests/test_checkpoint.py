@@ -217,9 +217,13 @@ def test_existing_output_is_refused_before_anything_is_read(model):
 
 
 def test_output_that_appears_meanwhile_is_kept(tmp_path):
-    with pytest.raises(UserError, match="exists already"), checkpoint.new_directory(tmp_path / "m"):
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "precious").touch()
+    def save():
+        with checkpoint.new_directory(tmp_path / "m"):
+            (tmp_path / "m").mkdir()
+            (tmp_path / "m" / "precious").touch()
+
+    with pytest.raises(UserError, match="exists already"):
+        save()
     assert os.listdir(tmp_path) == ["m"]
     assert (tmp_path / "m" / "precious").exists()
 

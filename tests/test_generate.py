@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import re
 
 import jax
@@ -14,6 +15,7 @@ from infer import generate as generate_module
 from infer.generate import (
     STOP_IDS,
     Shapes,
+    chunks,
     compile_programs,
     generate,
     make_request,
@@ -147,11 +149,13 @@ def test_seeds_and_copies_of_a_prompt_differ_and_repeat(params):
 def test_a_prompt_of_many_chunks_is_one_of_a_single_chunk(params, monkeypatch):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, oracle.V, n).tolist() for n in (48, 33, 16)]
-    whole = generate(CONFIG, params, prompts, greedy(prompts), max_new_tokens=15)
+    options = {"max_new_tokens": 15, "n_logprobs": 1}
+    whole = generate(CONFIG, params, prompts, greedy(prompts), **options)
     assert request_shapes(CONFIG, prompts, 15).chunk == 64
     monkeypatch.setattr(generate_module, "CHUNK", 16)
     assert request_shapes(CONFIG, prompts, 15).chunk == 16
-    chunked = generate(CONFIG, params, prompts, greedy(prompts), max_new_tokens=15)
+    chunked = generate(CONFIG, params, prompts, greedy(prompts), **options)
+    assert (whole.logprobs[:, :15] < 0).all()
     assert completions(chunked) == completions(whole)
     np.testing.assert_allclose(chunked.logprobs, whole.logprobs, rtol=0, atol=LOGPROBS_ATOL)
 
@@ -303,45 +307,56 @@ def test_nothing_compiles_after_the_first_request_of_a_bucket(params):
 
 def test_the_state_is_donated(params):
     """Each program takes over the buffers of the state, so that there is only ever one cache."""
-    shapes = request_shapes(CONFIG, PROMPTS, N)
+    shapes = request_shapes(CONFIG, PROMPTS, N)._replace(long=True)
     programs = compile_programs(CONFIG, params, shapes)
     request = make_request(CONFIG, PROMPTS, greedy(PROMPTS), N, ())
-    tokens = np.ones((3, shapes.chunk), np.int32)
-    state = programs.init()
-
-    def pointers(state):
-        return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache.layers)]
-
-    first = pointers(state)
-    prefilled = programs.prefill(
-        params, state, request, tokens, np.full(3, 5, np.int32), np.ones(3, bool)
-    )
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert pointers(prefilled) == first
-    decoded = programs.decode(params, prefilled, request, np.int32(3))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(prefilled))
-    assert pointers(decoded) == first
-    assert decoded.count.tolist() == [4] * 3
+    (chunk,) = chunks(PROMPTS, shapes.chunk)
+    state = programs.start(params, request, chunk)
+    first = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache.layers)]
+    for program, argument in ((programs.extend, chunk), (programs.decode, np.int32(3))):
+        after = program(params, state, request, argument)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        state = after
+        leaves = jax.tree.leaves(state.cache.layers)
+        assert [leaf.unsafe_buffer_pointer() for leaf in leaves] == first
+    assert state.count.tolist() == [5] * 3
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_step_writes_the_cache_in_place(params, batch):
-    """The compiled text holds no copy of a cache, as it does where a cache is read after a write.
+@pytest.mark.parametrize("n_kv_heads", [6, 2])
+def test_programs_write_the_cache_in_place(batch, n_kv_heads):
+    """No compiled text holds a copy of a cache, as it does where a cache is read after a write.
 
-    What is not meant: in a batch of one, XLA transposes the keys, [B, K, H, S], to multiply them.
+    One is left: for grouped queries in a batch of one, XLA transposes the keys to multiply them.
     """
-    K, S, H = CONFIG.n_kv_heads, 1024, CONFIG.head_dim
-    shape = f"f32[{batch},{K},{S},{H}]"
-    copy = re.compile(rf"= \(?{re.escape(shape)}\S* copy(-start)?\(")
-    text = compile_programs(CONFIG, params, Shapes(batch, 16, S, 0)).decode.as_text()
-    assert shape in text
-    assert not copy.findall(text)
+    config = oracle.tiny(6, n_kv_heads)
+    params = oracle.random_params(config)
+    K, S, H = config.n_kv_heads, 1024, config.head_dim
+    sized = re.compile(r"= \(?f32\[([\d,]+)\]\S* (?:copy(?:-start)?|transpose|fusion)\((.*)")
+
+    def copies(text):
+        """The cache-sized results that are neither written in place nor broadcast zeros."""
+        found = (match.groups() for match in sized.finditer(text))
+        return [
+            shape
+            for shape, rest in found
+            if math.prod(map(int, shape.split(","))) == batch * K * S * H
+            and not re.search("scatter|update|broadcast", rest)
+        ]
+
+    programs = compile_programs(config, params, Shapes(batch, 16, S, 0, long=True))
+    for text in (programs.decode.as_text(), programs.extend.as_text()):
+        assert f"f32[{batch},{K},{S},{H}]" in text
+        left = set(copies(text))
+        if n_kv_heads < 6 and batch == 1:
+            left -= {f"1,{K},{H},{S}", f"{K},{H},{S}"}
+        assert not left
 
     undonated = jax.jit(lambda cache, i: cache.at[:, :, i].set(1.0)).lower(
         jax.ShapeDtypeStruct((batch, K, S, H), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     )
-    assert copy.search(undonated.compile().as_text())
+    assert copies(undonated.compile().as_text())
 
 
 # --- a real model ---

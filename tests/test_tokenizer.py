@@ -183,7 +183,8 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer):
     ids = tokenizer.encode("a🦙b")
     texts = streamed(tokenizer, ids)
     assert [text for text in texts if text] == ["a", "🦙", "b"]
-    assert len(ids) > 5 and texts.index("🦙") > texts.index("a") + 3
+    assert len(ids) > 5
+    assert texts.index("🦙") > texts.index("a") + 3
 
 
 def test_every_prefix_streams_without_broken_characters(tokenizer):
@@ -193,7 +194,8 @@ def test_every_prefix_streams_without_broken_characters(tokenizer):
     for token_id in tokenizer.encode(text):
         so_far += stream.push(token_id)
         assert text.startswith(so_far)
-    assert so_far == text and stream.flush() == ""
+    assert so_far == text
+    assert stream.flush() == ""
 
 
 def test_an_unfinished_character_is_replaced_at_the_end(tokenizer):
@@ -371,7 +373,8 @@ def refuses(path, *words):
     with pytest.raises(UserError) as caught:
         load_tokenizer(path)
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message
+    assert "\n" not in message
+    assert str(path) in message
     for word in words:
         assert word in message
 

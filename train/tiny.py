@@ -22,7 +22,7 @@ from llama_jax.checkpoint import save_model
 from llama_jax.command import ArgumentParser, keep_compilations, run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
-from llama_jax.model import Llama, forward
+from llama_jax.model import Llama, Params, forward
 
 PROG = "train.tiny"
 TEXT = Path(__file__).parents[1] / "LICENSE"
@@ -61,7 +61,7 @@ def train_tokenizer(text: str) -> bytes:
     return model.getvalue()
 
 
-def train(ids: np.ndarray) -> dict:
+def train(ids: np.ndarray) -> Params:
     """Parameters after `STEPS` steps of AdamW on random windows of `ids`."""
     params = Llama(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 20, STEPS, 1e-4)
