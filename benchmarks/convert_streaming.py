@@ -33,8 +33,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.names import weights
-from convert.source import nested
-from llama_jax.checkpoint import LazyArray, save_model
+from llama_jax.checkpoint import LazyArray, nested, save_model
 from llama_jax.config import LlamaConfig, get_preset
 
 SPECIAL_TOKENS = 256  # that a Llama 3 tokenizer adds to those in its file

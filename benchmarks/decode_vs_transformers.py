@@ -4,7 +4,8 @@
 
 The model has the shape of a 110M-parameter Llama with random weights; both sides are greedy and
 must draw the same tokens. Sides alternate, so that a machine that drifts is fair to both; medians
-are reported. "startup" is a whole process from the shell to the first token, the second time it is
+are reported. No step can be faster than its weights are read, so the rate at which the machine
+reads memory is measured beside it. "startup" is a whole process from the shell to the first token, the second time it is
 run. The last line is JSON.
 """
 
@@ -50,6 +51,7 @@ CONFIG = LlamaConfig(
     version="2",
 )
 PROMPT = 64
+READ = torch.ones(1 << 28)
 THEIR_STARTUP = """
 import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
@@ -101,6 +103,13 @@ def theirs(model: transformers.LlamaForCausalLM, prompts: np.ndarray, n: int):
     began = time.perf_counter()
     out = model.generate(ids, attention_mask=mask, max_new_tokens=n, **arguments)
     return first, time.perf_counter() - began - first, out[:, ids.shape[1] :].numpy()
+
+
+def read_gb_s() -> float:
+    """What both cores read from memory at best: the sum of 1 GiB, in GB/s."""
+    began = time.perf_counter()
+    READ.sum()
+    return READ.nbytes / 1e9 / (time.perf_counter() - began)
 
 
 def timed(*command: str) -> float:
@@ -156,24 +165,34 @@ def main() -> None:
         f"{torch.__version__}, {os.cpu_count()} cores, prompt {PROMPT}, {n} new tokens, "
         f"median of {args.repeats}"
     )
+    weights_gb = CONFIG.count_parameters() * 4 / 1e9
     cases = []
     for batch in (1, 8):
         prompts = np.random.default_rng(0).integers(5, CONFIG.vocab_size, (batch, PROMPT))
         compile_programs(CONFIG, params, request_shapes(CONFIG, prompts.tolist(), n))
         ours(params, prompts, 2), theirs(model, prompts, 2)
-        pairs = [(ours(params, prompts, n), theirs(model, prompts, n)) for _ in range(args.repeats)]
+        pairs, reads = [], []
+        for _ in range(args.repeats):
+            pairs.append((ours(params, prompts, n), theirs(model, prompts, n)))
+            reads.append(read_gb_s())
         same = np.mean([(a[2] == b[2]).mean() for a, b in pairs])
-        print(f"batch {batch}: {same:.1%} of the greedy tokens are the same")
+        steps_s = statistics.median(reads) / weights_gb
+        print(
+            f"batch {batch}: {same:.1%} of the greedy tokens are the same; memory is read at "
+            f"{steps_s * weights_gb:.1f} GB/s, the {weights_gb:.3f} GB of weights {steps_s:.1f} "
+            "times a second"
+        )
         for name, tokens, part in (("prefill", batch * PROMPT, 0), ("decode", batch * (n - 1), 1)):
             rates = [tokens / median(pairs, side, lambda run: run[part]) for side in (0, 1)]  # noqa: B023
-            cases.append(
-                {
-                    "name": f"{name}_b{batch}_f32",
-                    "ours_tok_s": rates[0],
-                    "transformers_tok_s": rates[1],
-                    "ratio": rates[0] / rates[1],
-                }
-            )
+            case = {
+                "name": f"{name}_b{batch}_f32",
+                "ours_tok_s": rates[0],
+                "transformers_tok_s": rates[1],
+                "ratio": rates[0] / rates[1],
+            }
+            if name == "decode":
+                case["memory_limit_tok_s"] = batch * steps_s
+            cases.append(case)
     pairs = startup(model, params, args.repeats)
     seconds = [median(pairs, side, float) for side in (0, 1)]
     cases.append(
