@@ -18,11 +18,18 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,dev]'
 	touch $@
 
-out/tiny: $(READY)
-	$(BIN)/python -m train.tiny --output out/tiny-meta
-	$(BIN)/python -m convert.meta_to_orbax --input out/tiny-meta --output out/tiny --verify
+# By way of Meta's format, as a released checkpoint would come. Prerequisites behind the bar must
+# exist and may be newer: a finished directory is never made again.
+out/tiny-trained: | $(READY)
+	$(BIN)/python -m train.tiny --output $@
 
-sample: out/tiny
+out/tiny-meta: | out/tiny-trained
+	$(BIN)/python -m convert.orbax_to_meta --checkpoint out/tiny-trained --output $@
+
+out/tiny: | out/tiny-meta
+	$(BIN)/python -m convert.meta_to_orbax --input out/tiny-meta --output $@ --verify
+
+sample: $(READY) out/tiny
 	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)"
 
 test: $(READY)
