@@ -6,8 +6,6 @@ One file or shards with an index. Names change, values do not: Hugging Face rota
 as this project does. The files are memory-mapped and one tensor at a time is cast and written.
 """
 
-import contextlib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +14,17 @@ from typing import Any
 import numpy as np
 
 from convert.names import EMBED, HEAD, Weight, is_derived, weights
-from convert.progress import progress, say, summary
 from convert.source import (
     DTYPES,
-    Hashes,
     cast,
-    check_tokenizer,
-    find_tokenizer,
     input_directory,
-    nested,
-    provenance,
     read_json,
     same_bits,
     unreadable_is_user_error,
-    verify,
-    when_done,
 )
-from llama_jax.checkpoint import LazyArray, save_model
-from llama_jax.command import ArgumentParser, run
+from convert.to_orbax import Source, convert, make_parser
+from llama_jax.checkpoint import LazyArray
+from llama_jax.command import run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 
@@ -44,56 +35,8 @@ _TOKENIZERS = ("tokenizer.model", "original/tokenizer.model", "tokenizer.json")
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(prog=PROG, description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--input", required=True, metavar="DIR", help="Hugging Face's checkpoint")
-    parser.add_argument("--output", required=True, metavar="DIR", help="model directory to write")
-    parser.add_argument("--dtype", choices=("original", *DTYPES), default="original")
-    parser.add_argument("--tokenizer", metavar="FILE", help="default: beside the weights")
-    parser.add_argument("--verify", action="store_true", help="read back and compare every bit")
-    args = parser.parse_args(arguments)
-    started = time.monotonic()
-
-    # What is there
-    checkpoint = open_hf(args.input, dtype=args.dtype)
-    config, leaves = checkpoint.config, checkpoint.leaves
-    size = sum(leaf.nbytes for leaf in leaves.values())
-    dtype = str(leaves[EMBED.path].dtype)
-    origin = provenance(PROG, dtype)
-
-    with contextlib.ExitStack() as stack:
-        tokenizer = stack.enter_context(
-            find_tokenizer(checkpoint.directory, args.tokenizer, _TOKENIZERS)
-        )
-        check_tokenizer(tokenizer, config.vocab_size)
-
-        # Write it, hashing the source meanwhile; provenance is complete once the last tensor is
-        hashes = stack.enter_context(Hashes(checkpoint.files))
-        bar = stack.enter_context(progress("converting", size))
-        save_model(
-            args.output,
-            config,
-            nested(leaves),
-            tokenizer=tokenizer,
-            provenance=origin,
-            progress=when_done(bar, size, lambda: origin.update(source=hashes.result())),
-        )
-    seconds = time.monotonic() - started
-
-    # Check it, and say what it is
-    if args.verify:
-        verify(args.output, config, leaves)
-        say(f"{PROG}: verified: every element of {args.output} equals its source bit for bit")
-    say(f"{PROG}: wrote {args.output}: {summary(config, dtype, size, seconds)}")
-
-
-@dataclass(frozen=True)
-class HfCheckpoint:
-    """A checkpoint that has been checked but not read."""
-
-    directory: Path
-    files: tuple[Path, ...]
-    config: LlamaConfig
-    leaves: Mapping[str, LazyArray]  # by path in our tree
+    args = make_parser(PROG, (__doc__ or "").partition("\n\n")[0]).parse_args(arguments)
+    convert(PROG, args, lambda: open_hf(args.input, dtype=args.dtype), _TOKENIZERS)
 
 
 @dataclass(frozen=True)
@@ -110,7 +53,7 @@ class _Stored:
             return self.handle.get_tensor(name)
 
 
-def open_hf(path: str, *, dtype: str = "original") -> HfCheckpoint:
+def open_hf(path: str, *, dtype: str = "original") -> Source:
     """Opens and checks Hugging Face's checkpoint in `path`, without reading its weights.
 
     Raises `UserError` for everything that is not a whole checkpoint of one Llama.
@@ -131,7 +74,7 @@ def open_hf(path: str, *, dtype: str = "original") -> HfCheckpoint:
             read=lambda: cast(stored.read(weight.hf), target, weight.hf),
         )
 
-    return HfCheckpoint(
+    return Source(
         directory=directory,
         files=(*files, directory / "config.json"),
         config=config,

@@ -8,13 +8,11 @@ one tensor at a time is joined, permuted, cast and written, so the memory needed
 the largest tensor, whatever the size of the model.
 """
 
-import contextlib
 import pickle
 import re
-import time
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,24 +28,17 @@ from convert.names import (
     is_derived,
     weights,
 )
-from convert.progress import progress, say, summary
 from convert.source import (
     DTYPES,
-    Hashes,
     cast,
-    check_tokenizer,
-    find_tokenizer,
     input_directory,
-    nested,
-    provenance,
     read_json,
     same_bits,
     unreadable_is_user_error,
-    verify,
-    when_done,
 )
-from llama_jax.checkpoint import LazyArray, save_model
-from llama_jax.command import ArgumentParser, run
+from convert.to_orbax import Source, convert, make_parser
+from llama_jax.checkpoint import LazyArray
+from llama_jax.command import run
 from llama_jax.config import LlamaConfig, flatten_meta_params
 from llama_jax.errors import UserError
 
@@ -62,65 +53,20 @@ Shard = Mapping[str, "torch.Tensor"]  # one rank's tensors by Meta's names
 
 
 def main(arguments: list[str]) -> None:
-    parser = ArgumentParser(prog=PROG, description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--input", required=True, metavar="DIR", help="Meta's checkpoint")
-    parser.add_argument("--output", required=True, metavar="DIR", help="model directory to write")
-    parser.add_argument("--dtype", choices=("original", *DTYPES), default="original")
-    parser.add_argument("--tokenizer", metavar="FILE", help="default: beside the weights or above")
+    parser = make_parser(PROG, (__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--rope-scale", type=float, metavar="FACTOR", help="default: 32 for Llama 3.2, 8 for 3.1"
     )
-    parser.add_argument("--verify", action="store_true", help="read back and compare every bit")
     args = parser.parse_args(arguments)
-    started = time.monotonic()
-
-    # What is there
-    checkpoint = open_meta(args.input, dtype=args.dtype, rope_scale=args.rope_scale)
-    config, leaves = checkpoint.config, checkpoint.leaves
-    size = sum(leaf.nbytes for leaf in leaves.values())
-    dtype = str(leaves[EMBED.path].dtype)
-    origin = provenance(PROG, dtype)
-
-    with contextlib.ExitStack() as stack:
-        tokenizer = stack.enter_context(
-            find_tokenizer(checkpoint.directory, args.tokenizer, _TOKENIZERS)
-        )
-        check_tokenizer(tokenizer, config.vocab_size)
-
-        # Write it, hashing the source meanwhile; provenance is complete once the last tensor is
-        hashes = stack.enter_context(Hashes(checkpoint.files, checkpoint.md5))
-        bar = stack.enter_context(progress("converting", size))
-        save_model(
-            args.output,
-            config,
-            nested(leaves),
-            tokenizer=tokenizer,
-            provenance=origin,
-            progress=when_done(bar, size, lambda: origin.update(source=hashes.result())),
-        )
-    seconds = time.monotonic() - started
-
-    # Check it, and say what it is
-    if args.verify:
-        verify(args.output, config, leaves)
-        say(f"{PROG}: verified: every element of {args.output} equals its source bit for bit")
-    say(f"{PROG}: wrote {args.output}: {summary(config, dtype, size, seconds)}")
+    convert(
+        PROG,
+        args,
+        lambda: open_meta(args.input, dtype=args.dtype, rope_scale=args.rope_scale),
+        _TOKENIZERS,
+    )
 
 
-@dataclass(frozen=True)
-class MetaCheckpoint:
-    """A checkpoint that has been checked but not read."""
-
-    directory: Path
-    files: tuple[Path, ...]  # the ranks in order, and params.json
-    md5: Mapping[str, str]  # by file name, from checklist.chk
-    config: LlamaConfig
-    leaves: Mapping[str, LazyArray]  # by path in our tree
-
-
-def open_meta(
-    path: str, *, dtype: str = "original", rope_scale: float | None = None
-) -> MetaCheckpoint:
+def open_meta(path: str, *, dtype: str = "original", rope_scale: float | None = None) -> Source:
     """Opens and checks Meta's checkpoint in `path`, without reading its weights.
 
     Only the norms are read (each rank must hold the same) and, where the head may be tied, the
@@ -158,7 +104,7 @@ def open_meta(
             read=lambda: cast(_read(shards, weight, config, copies), target, weight.meta),
         )
 
-    return MetaCheckpoint(
+    return Source(
         directory=directory,
         files=(*files, directory / "params.json"),
         md5=_read_checklist(directory),
@@ -320,7 +266,7 @@ def _numpy(tensor: "torch.Tensor") -> np.ndarray:
 
 def _layer_0(path: str) -> Weight:
     weight = next(weight for weight in LAYER if weight.path == path)
-    return Weight(path, weight.meta.format(i=0), "", weight.axes, weight.meta_axis, weight.rope)
+    return replace(weight, meta=weight.meta.format(i=0))
 
 
 def _check_same_model(files: list[Path], shards: list[Shard]) -> None:

@@ -19,10 +19,12 @@ from convert.hf_to_orbax import INDEX, SINGLE, STORED
 from convert.names import EMBED, weights
 from convert.progress import progress, say, summary
 from convert.source import DTYPES, cast, model_leaves
+from llama_jax.chat import stop_ids
 from llama_jax.checkpoint import LazyArray, load_config, new_directory
 from llama_jax.command import ArgumentParser, run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.tokenizer import load_tokenizer, tokenizer_file
 
 PROG = "convert.orbax_to_hf"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -44,17 +46,18 @@ def main(arguments: list[str]) -> None:
     leaves = _leaves_by_hf_name(args.checkpoint, config, DTYPES.get(args.dtype))
     size = sum(leaf.nbytes for leaf in leaves.values())
     dtype = str(leaves[EMBED.hf].dtype)
-    tokenizer, bos_id, eos_ids = _tokenizer(args.checkpoint, config)
+    tokenizer_path = tokenizer_file(args.checkpoint)
+    tokenizer = load_tokenizer(tokenizer_path)
+    ends = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": sorted(stop_ids(tokenizer, config.version)),
+    }
 
     # Write it
     with new_directory(args.output) as staging, progress("converting", size) as advance:
-        _write_json(staging / "config.json", {
-            **config.to_hf(dtype), "bos_token_id": bos_id, "eos_token_id": eos_ids
-        })  # fmt: skip
-        _write_json(
-            staging / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_ids}
-        )
-        tokenizer.copy(staging / tokenizer.name)
+        _write_json(staging / "config.json", config.to_hf(dtype) | ends)
+        _write_json(staging / "generation_config.json", ends)
+        tokenizer_path.copy(staging / tokenizer_path.name)
         shards = split_shards(leaves, shard_size)
         for file, names in shards.items():
             with (staging / file).open("wb") as stream:
@@ -129,16 +132,6 @@ def _leaves_by_hf_name(
         )
 
     return {weight.hf: lazy(weight.path) for weight in weights(config)}
-
-
-def _tokenizer(directory: str, config: LlamaConfig) -> tuple[epath.Path, int, list[int]]:
-    """The tokenizer's file, its first token, and the tokens that end a text or a turn."""
-    from llama_jax.chat import stop_ids
-    from llama_jax.tokenizer import FILES, load_tokenizer
-
-    tokenizer = load_tokenizer(directory)
-    file = next(file for name in FILES if (file := epath.Path(directory) / name).exists())
-    return file, tokenizer.bos_id, sorted(stop_ids(tokenizer, config.version))
 
 
 def _write_json(file: epath.Path, value: Mapping[str, Any]) -> None:

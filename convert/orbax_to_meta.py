@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from convert.meta_to_orbax import require_safe_torch
 from convert.names import (
@@ -30,7 +29,7 @@ from llama_jax.checkpoint import LazyArray, load_config, new_directory
 from llama_jax.command import ArgumentParser, run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
-from llama_jax.tokenizer import FILES as TOKENIZERS
+from llama_jax.tokenizer import tokenizer_file
 
 PROG = "convert.orbax_to_meta"
 
@@ -52,7 +51,7 @@ def main(arguments: list[str]) -> None:
     check_ranks(config, args.ranks)
     leaves = model_leaves(args.checkpoint, config)
     size = sum(leaf.nbytes for leaf in leaves.values())
-    tokenizer = _tokenizer(args.checkpoint)
+    tokenizer = tokenizer_file(args.checkpoint)
 
     # Write it: cut every tensor, then save rank by rank
     with new_directory(args.output) as staging, progress("converting", 2 * size) as advance:
@@ -152,13 +151,6 @@ def _repeat_embedding_as_head(ranks: list[_Rank], leaf: LazyArray, config: Llama
     else:
         for rank, part in zip(ranks, _cut(HEAD, leaf.read(), config, len(ranks)), strict=True):
             rank.append(HEAD.meta, part)
-
-
-def _tokenizer(directory: str) -> epath.Path:
-    for name in TOKENIZERS:
-        if (file := epath.Path(directory) / name).exists():
-            return file
-    raise UserError(f"{directory} holds neither {' nor '.join(TOKENIZERS)}: copy it there")
 
 
 if __name__ == "__main__":

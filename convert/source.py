@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -100,18 +100,6 @@ def _row_blocks(array: np.ndarray) -> Iterator[np.ndarray]:
     rows = max(1, _BLOCK * len(array) // max(1, array.size))
     for start in range(0, len(array), rows):
         yield array[start : start + rows]
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 # --- one tensor of a model directory ---
@@ -213,7 +201,8 @@ class Hashes:
     """sha256 of files, computed in threads while the same files are converted.
 
     hashlib releases the interpreter lock, and the pages are shared with the conversion through
-    the page cache. One core is left to the conversion, which is faster than one thread's hashing. Where `md5` has an expected value for a file's name, it is checked as well.
+    the page cache. One core is left to the conversion, which is faster than one thread's hashing.
+    Where `md5` has an expected value for a file's name, it is checked as well.
     """
 
     def __init__(self, files: Iterable[Path], md5: Mapping[str, str] | None = None):
@@ -258,22 +247,6 @@ def provenance(tool: str, dtype: str) -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     return {"tool": tool, "version": version, "dtype": dtype}
-
-
-def when_done(
-    advance: Callable[[str, int], None], total: int, finish: Callable[[], None]
-) -> Callable[[str, int], None]:
-    """`advance`, and `finish()` with the last tensor, before a model directory is complete."""
-    done = 0
-
-    def advance_and_finish(name: str, size: int) -> None:
-        nonlocal done
-        done += size
-        advance(name, size)
-        if done == total:
-            finish()
-
-    return advance_and_finish
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,8 +145,8 @@ def save_model(
     """Writes a model directory; leaves nothing behind if it fails.
 
     `params` is a tree of arrays and `LazyArray`s, read one at a time in the order of the sorted
-    tree. `tokenizer` is a file, copied as `tokenizer` and its suffix. `progress(name, bytes)` is called once
-    a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
+    tree. `tokenizer` is a file, copied as `tokenizer` and its suffix. `progress(name, bytes)` is
+    called once a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
     """
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     path = _absolute(path)
@@ -249,10 +249,10 @@ def open_tree(directory: epath.Path) -> Params:
     with _damage_is_user_error(directory):
         metadata = json.loads((directory / "_METADATA").read_bytes())
         entries = metadata["tree_metadata"].values()
-        names = [tuple(key["key"] for key in entry["key_metadata"]) for entry in entries]
-        leaves = {name: _map_array(directory / ".".join(name)) for name in names}
+        paths = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
+        leaves = {"/".join(path): _map_array(directory / ".".join(path)) for path in paths}
         if all(leaf is not None for leaf in leaves.values()):
-            return _nested(leaves)
+            return nested(leaves)
 
         import orbax.checkpoint as ocp
 
@@ -300,8 +300,8 @@ def _map_array(directory: epath.Path) -> np.ndarray | None:
         return None
     zarray = json.loads((directory / ".zarray").read_bytes())
     shape = tuple(zarray["shape"])
-    layout = [zarray[key] for key in ("compressor", "filters", "dimension_separator", "chunks")]
-    if layout != [None, None, ".", list(shape)] or not shape:
+    keys = "compressor", "filters", "order", "dimension_separator", "chunks"
+    if [zarray[key] for key in keys] != [None, None, "C", ".", list(shape)] or not shape:
         return None
     file = directory / ".".join("0" * len(shape))
     dtype = np.dtype(zarray["dtype"])
@@ -342,6 +342,18 @@ def _handler(ocp: Any, progress: Callable[[str, int], None] | None) -> Any:
     )
 
 
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} as {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def _flat(tree: Params) -> dict[str, Any]:
     """{"layers_0.mlp.up.kernel": leaf, ...}, the names that Orbax gives to the arrays."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))
@@ -355,16 +367,6 @@ def _what_instead(path: epath.Path) -> str:
         return "it is a Hugging Face checkpoint; run python -m convert.hf_to_orbax first"
     missing = [name for name in ("config.json", "params") if not (path / name).exists()]
     return f"no {' and no '.join(missing)} in it; name the directory that a converter wrote"
-
-
-def _nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for (*parents, name), leaf in leaves.items():
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def _abstract(tree: Params) -> Params:

@@ -107,6 +107,14 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+def tokenizer_file(directory: epath.PathLike) -> epath.Path:
+    """The tokenizer's file in a model directory; `UserError` where there is none."""
+    for name in FILES:
+        if (file := epath.Path(directory) / name).exists():
+            return file
+    raise UserError(f"{directory} holds neither {' nor '.join(FILES)}: copy the tokenizer there")
+
+
 def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     """The tokenizer in a file, or in a model directory as `tokenizer.model` or `tokenizer.json`.
 
@@ -114,10 +122,7 @@ def load_tokenizer(path: epath.PathLike) -> Tokenizer:
     """
     file = epath.Path(path)
     if file.is_dir():
-        found = [file / name for name in FILES if (file / name).exists()]
-        if not found:
-            raise UserError(f"{file} holds neither {' nor '.join(FILES)}: copy the tokenizer there")
-        file = found[0]
+        file = tokenizer_file(file)
     elif not file.exists():
         raise UserError(f"{file} does not exist, expected a tokenizer file or a model directory")
     with file.open("rb") as stream:

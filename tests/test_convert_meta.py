@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import meta_to_orbax, orbax_to_meta
+from convert import meta_to_orbax, orbax_to_meta, to_orbax
 from convert.source import cast, model_leaves, same_bits
 from llama_jax.checkpoint import load, load_config, load_params, new_directory
 from llama_jax.config import LlamaConfig, RopeScaling
@@ -565,7 +565,7 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_verify_finds_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    save = meta_to_orbax.save_model
+    save = to_orbax.save_model
 
     def damaged(path: str, *args: Any, **kwargs: Any) -> None:
         save(path, *args, **kwargs)
@@ -574,7 +574,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         data[77] ^= 1
         chunk.write_bytes(data)
 
-    monkeypatch.setattr(meta_to_orbax, "save_model", damaged)
+    monkeypatch.setattr(to_orbax, "save_model", damaged)
     with pytest.raises(RuntimeError, match=r"layers_1/mlp/up/kernel differs from its source"):
         convert(write_meta(tmp_path / "meta"), tmp_path / "model", "--verify")
 
