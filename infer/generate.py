@@ -1,10 +1,10 @@
 """Generation: prompts in, tokens out, by compiled programs with static shapes.
 
 `start` reads the first chunk of the prompts, `extend` each further one of long prompts, `decode`
-runs up to a given number of steps in a compiled loop. `generate` runs `decode` to the end, `stream` a few steps at a time: the same step, the same
-tokens. Prompt length and room are padded to powers of two, everything else that a request
-changes (temperatures, stop ids, number of steps) is an array, so that it never recompiles. This
-module knows token ids only, no text.
+runs up to a given number of steps in a compiled loop. `generate` runs `decode` to the end, `stream`
+a few steps at a time: the same step, the same tokens. Prompt length and room are padded to powers
+of two, everything else that a request changes (temperatures, stop ids, number of steps) is an
+array, so that it never recompiles. This module knows token ids only, no text.
 """
 
 import functools
@@ -317,7 +317,7 @@ def stream(
     for chunk in others:
         state = programs.extend(params, state, request, chunk)
 
-    steps = steps_a_fetch or 1
+    steps = min(steps_a_fetch or 1, shapes.room)  # no row draws more than that
     while True:
         progress = _fetch(state, request.stop_ids)
         yield progress

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from llama_jax.cache import Entries
 
-MASKED = -1e30  # finite, so that a row with nothing to see gives no NaN
+MASKED = -1e30  # its weight is exactly 0, as every query sees at least itself
 
 
 def attend(

@@ -228,8 +228,8 @@ class LlamaConfig:
                 raise UserError(f"{where}: {key} is {config[key]!r}, only {only!r} is supported")
         if config.get("quantization_config"):
             raise UserError(
-                f"{where}: quantization_config is set, expected unquantized weights; convert the "
-                "original model and quantize it with convert.quantize"
+                f"{where}: quantization_config is set, expected unquantized weights; convert "
+                "the original model"
             )
         _refuse_unknown(config, _HF_READ | _HF_HARMLESS | set(_HF_ONLY), where)
         dim = _integer(config, "hidden_size", where)

@@ -197,7 +197,7 @@ def test_a_row_ends_at_the_limit_even_with_its_first_token(params, greedy_tokens
 def test_each_row_ends_where_the_context_ends(params):
     """Every position of the context is used: prompt and completion together fill it."""
     prompts = [[1] * (CONFIG.context - 1), [2] * 30, [3]]
-    progress = generate(CONFIG, params, prompts, greedy(prompts), max_new_tokens=1000)
+    progress = generate(CONFIG, params, prompts, greedy(prompts), max_new_tokens=10**12)
     assert progress.count.tolist() == [1, CONFIG.context - 30, CONFIG.context - 1]
     assert progress.done.all()
     for prompt, tokens in zip(prompts, completions(progress), strict=True):
