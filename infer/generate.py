@@ -192,12 +192,19 @@ def request_shapes(
 ) -> Shapes:
     """The buckets that these prompts fall in.
 
-    Raises `UserError` for no prompt, an empty one, or one that leaves no room in the context.
+    Raises `UserError` for no prompt, an empty one, one that leaves no room in the context, or a
+    token that the model does not have: JAX would read another one in its place.
     """
     if not prompts or not all(prompts):
         raise UserError("a prompt of no tokens, expected at least one; begin with BOS")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    for token in (min(map(min, prompts)), max(map(max, prompts))):
+        if not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"a prompt holds token {token}, but the model has {config.vocab_size}; take the "
+                "tokenizer and the model from the same release"
+            )
     longest = max(map(len, prompts))
     if longest >= config.context:
         raise UserError(

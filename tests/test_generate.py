@@ -211,6 +211,12 @@ def test_each_row_ends_where_the_context_ends(params):
         ([[1], [1] * 100], {}, "a prompt has 100 tokens"),
         ([], {}, "a prompt of no tokens"),
         ([[1], []], {}, "a prompt of no tokens"),
+        (
+            [[1], [2, oracle.V]],
+            {},
+            f"a prompt holds token {oracle.V}, but the model has {oracle.V}",
+        ),
+        ([[1, -1]], {}, "a prompt holds token -1"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
         ([[1]], {"stop_ids": range(STOP_IDS + 1)}, "9 stop ids, expected at most 8"),
     ],
