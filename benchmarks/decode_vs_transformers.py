@@ -1,6 +1,6 @@
 """Prefill and decode on CPU beside Hugging Face transformers, with the same weights, in one run.
 
-    python benchmarks/decode_vs_transformers.py [--new-tokens 128] [--repeats 5]
+    python -m benchmarks.decode_vs_transformers [--new-tokens 128] [--repeats 5]
 
 The model has the shape of a 110M-parameter Llama with random weights; both sides are greedy and
 must draw the same tokens. Sides alternate, so that a machine that drifts is fair to both; medians
@@ -30,7 +30,7 @@ import transformers
 from convert.names import weights
 from infer.generate import compile_programs, request_shapes, stream
 from infer.sampling import settings
-from llama_jax.checkpoint import save_model
+from llama_jax.checkpoint import nested, save_model
 from llama_jax.config import LlamaConfig
 from llama_jax.tokenizer import N_SPECIAL
 
@@ -69,14 +69,8 @@ def their_model() -> transformers.LlamaForCausalLM:
 def our_params(model: transformers.LlamaForCausalLM) -> dict:
     """The same weights in our tree."""
     tensors = model.state_dict()
-    params: dict = {}
-    for weight in weights(CONFIG):
-        node = params
-        *parents, name = weight.path.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = jax.numpy.asarray(tensors[weight.hf].numpy())
-    return params
+    leaves = {w.path: jax.numpy.asarray(tensors[w.hf].numpy()) for w in weights(CONFIG)}
+    return nested(leaves)
 
 
 def ours(params: dict, prompts: np.ndarray, n: int) -> tuple[float, float, np.ndarray]:

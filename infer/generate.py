@@ -181,7 +181,7 @@ class Programs(NamedTuple):
 
     start: Any  # (params, request, chunk) -> State
     decode: Any  # (params, state, request, steps) -> State
-    extend: Any  # (params, state, request, chunk) -> State; None unless a prompt is long
+    extend: Any = None  # (params, state, request, chunk) -> State; only for long prompts
 
 
 def request_shapes(
@@ -230,15 +230,15 @@ def _compile(config: LlamaConfig, avals: tuple, tree: Any, shapes: Shapes) -> Pr
     request = make_request(config, [[0]] * B, settings([(0, 0)] * B), 1, ())
     chunk = next(chunks([[0]] * B, shapes.chunk))
     state = jax.eval_shape(functools.partial(start, config, shapes), params, request, chunk)
-    lowered = [
-        start.lower(config, shapes, params, request, chunk),
-        decode.lower(config, params, state, request, np.int32(1)),
-    ]
+    lowered = {
+        "start": start.lower(config, shapes, params, request, chunk),
+        "decode": decode.lower(config, params, state, request, np.int32(1)),
+    }
     if shapes.long:
-        lowered.append(extend.lower(config, params, state, request, chunk))
+        lowered["extend"] = extend.lower(config, params, state, request, chunk)
     with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
-        compiled = list(pool.map(lambda program: program.compile(), lowered))
-    return Programs(*compiled, *[None] * (3 - len(compiled)))
+        compiled = pool.map(lambda program: program.compile(), lowered.values())
+        return Programs(**dict(zip(lowered, compiled, strict=True)))
 
 
 def chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:

@@ -7,6 +7,7 @@ none. Generated text goes to standard output (to a pipe exactly, with nothing ad
 
 import argparse
 import json
+import math
 import secrets
 import sys
 import time
@@ -54,8 +55,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     for name, valid, expected in (
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
-        ("temperature", args.temperature >= 0, "0 or more"),
-        ("top_k", args.top_k >= 0, "0 or more"),
+        ("temperature", 0 <= args.temperature < math.inf, "0 or more"),
+        ("top_k", 0 <= args.top_k < 2**31, "from 0 to 2147483647"),
         ("top_p", 0 < args.top_p <= 1, "more than 0 and at most 1"),
         ("min_p", 0 <= args.min_p <= 1, "from 0 to 1"),
         ("repetition_penalty", args.repetition_penalty > 0, "more than 0"),
@@ -79,6 +80,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("both --prompt and --prompt-file given, expected one of them")
     if not (args.prompt or args.prompt_file or args.chat):
         parser.error("no prompt given; add --prompt TEXT, --prompt-file FILE, or --chat")
+    if args.json and not (args.prompt or args.prompt_file):
+        parser.error("--json is for prompts, not for a conversation; add --prompt TEXT")
     if args.seed is None:
         args.seed = secrets.randbits(32)
     return args
@@ -89,12 +92,12 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not args.prompt_file:
         return args.prompt or []
     try:
-        lines = Path(args.prompt_file).read_bytes().decode("utf-8").splitlines()
+        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{args.prompt_file} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from None
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{args.prompt_file} is not a file, expected one prompt a line") from None
     if prompts := [line for line in lines if line.strip()]:
         return prompts

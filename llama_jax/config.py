@@ -62,6 +62,9 @@ class LlamaConfig:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("norm_eps", "rope_theta", "context"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}, expected more than 0")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly"

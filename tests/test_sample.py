@@ -121,7 +121,8 @@ def test_a_batch_prints_each_prompt_as_alone(run, tmp_path):
     expected = "\n".join(f"=== {i}/3\n{text}" for i, text in enumerate(alone, 1))
     assert run(*flags, *GREEDY) == expected
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(["the fox", "", *prompts[1:]]) + "\n")
+    lines = ["\N{BYTE ORDER MARK}the fox", "", *prompts[1:]]
+    file.write_bytes("\r\n".join(lines).encode())
     assert run("--prompt-file", str(file), *GREEDY) == expected
     lines = run("--prompt-file", str(file), "--json", *GREEDY).splitlines()
     assert [json.loads(line)["text"] for line in lines] == alone
@@ -218,7 +219,10 @@ def test_a_second_process_does_not_compile(model_dir):
         (["--prompt", "a", "--temperature", "-1"], "--temperature is -1.0, expected 0 or more"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature is nan"),
         (["--prompt", "a", "--top-p", "0"], "--top-p is 0.0, expected more than 0"),
+        (["--prompt", "a", "--temperature", "inf"], "--temperature is inf"),
         (["--prompt", "a", "--top-k", "-1"], "--top-k is -1"),
+        (["--prompt", "a", "--top-k", "3000000000"], "--top-k is 3000000000"),
+        (["--chat", "--json"], "add --prompt TEXT"),
         (["--prompt", "a", "--min-p", "2"], "--min-p is 2.0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty is 0.0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
@@ -245,6 +249,8 @@ def test_files_that_cannot_be_prompts_say_so(run, tmp_path):
     with pytest.raises(UserError, match="is not a file, expected one prompt a line"):
         run("--prompt-file", str(file))
     file.write_bytes("caf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match="is not a file, expected one prompt a line"):
+        run("--prompt-file", str(file / "below"))
     with pytest.raises(UserError, match=r"is not UTF-8 text \(byte 3\); save it as UTF-8"):
         run("--prompt-file", str(file))
     file.write_text(" \n\n")
