@@ -2,7 +2,7 @@
 # make setup    only set up                       make lint   what the continuous check runs first
 
 PYTHON ?= python3.11
-PROMPT ?= Once upon a time
+PROMPT ?= Subject to the terms and conditions
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -30,7 +30,7 @@ out/tiny: | out/tiny-meta
 	$(BIN)/python -m convert.meta_to_orbax --input out/tiny-meta --output $@ --verify
 
 sample: $(READY) out/tiny
-	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)"
+	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)" --echo
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("top_k", 0 <= args.top_k < 2**31, "from 0 to 2147483647"),
         ("top_p", 0 < args.top_p <= 1, "more than 0 and at most 1"),
         ("min_p", 0 <= args.min_p <= 1, "from 0 to 1"),
-        ("repetition_penalty", args.repetition_penalty > 0, "more than 0"),
+        ("repetition_penalty", 0 < args.repetition_penalty < math.inf, "more than 0"),
         ("seed", args.seed is None or 0 <= args.seed < 2**32, "from 0 to 4294967295"),
         ("logprobs", args.logprobs is None or 1 <= args.logprobs <= 100, "from 1 to 100"),
         ("stop", "" not in args.stop, "a text that is not empty"),
@@ -92,14 +92,16 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not args.prompt_file:
         return args.prompt or []
     try:
-        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").split("\n")
+        text = Path(args.prompt_file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{args.prompt_file} is not UTF-8 text (byte {error.start}); save it as UTF-8"
         ) from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{args.prompt_file} is not a file, expected one prompt a line") from None
-    if prompts := [line for line in lines if line.strip()]:
+    if "\0" in text:
+        raise UserError(f"{args.prompt_file} holds NUL bytes, as UTF-16 does; save it as UTF-8")
+    if prompts := [line for line in text.split("\n") if line.strip()]:
         return prompts
     raise UserError(f"{args.prompt_file} holds no text, expected one prompt a line")
 
@@ -265,7 +267,10 @@ def converse(model: llama_jax.Model, args: argparse.Namespace) -> None:
 def _read_line() -> str | None:
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError:
+        raise UserError("standard input is not UTF-8 text; convert it first") from None
     return line.rstrip("\n") if line else None
 
 
@@ -283,14 +288,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # XLA on CPU multiplies 16-bit weights many times slower
     model = llama_jax.load(args.checkpoint, dtype=dtype)
-    _report(f"loaded {args.checkpoint} in {time.perf_counter() - began:.2f} s")
+    loaded = f"loaded {args.checkpoint} in {time.perf_counter() - began:.2f} s"
     if not texts:
+        _report(loaded)
         return converse(model, args)
 
     if args.chat:
         prompts = [chat_ids(model, args, [Message("user", text)]) for text in texts]
     else:
         prompts = [model.tokenizer.encode(text, bos=True) for text in texts]
+    request_shapes(model.config, prompts, args.max_new_tokens)  # a mistake's line stands alone
+    _report(loaded)
     show = (lambda *_: None) if args.json else Printer(texts, args.echo)
     completions = complete(model, prompts, args, show)
     if args.json:

@@ -233,7 +233,9 @@ def test_a_second_process_does_not_compile(model_dir):
         (["--prompt", "a", "--logprobs", "0", "--json"], "--logprobs is 0"),
         (["--prompt", "a", "--system", "b"], "add --chat"),
         (["--prompt", "a", "--prompt-file", "b"], "both --prompt and --prompt-file"),
+        (["--prompt", "a", "--repetition-penalty", "inf"], "--repetition-penalty is inf"),
         (["--prompt", "a", "--frobnicate"], "--frobnicate"),
+        (["--prompt", "a", "--temp", "1"], "--temp"),
     ],
 )
 def test_flags_that_cannot_work_are_one_line_and_status_2(run, capsys, flags, words):
@@ -253,14 +255,39 @@ def test_files_that_cannot_be_prompts_say_so(run, tmp_path):
         run("--prompt-file", str(file / "below"))
     with pytest.raises(UserError, match=r"is not UTF-8 text \(byte 3\); save it as UTF-8"):
         run("--prompt-file", str(file))
+    file.write_text("fox", encoding="utf-16-le")
+    with pytest.raises(UserError, match="holds NUL bytes, as UTF-16 does; save it as UTF-8"):
+        run("--prompt-file", str(file))
     file.write_text(" \n\n")
     with pytest.raises(UserError, match="holds no text"):
         run("--prompt-file", str(file))
 
 
-def test_a_prompt_longer_than_the_context_says_both_lengths(run):
+def test_a_prompt_longer_than_the_context_says_both_lengths(run, capsys):
     with pytest.raises(UserError, match=r"has \d+ tokens, but the model's context ends at 64"):
         run("--prompt", "fox " * 100)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_conversation_that_is_not_utf8_says_so(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"fox \xff\n"), "utf-8"))
+    with pytest.raises(UserError, match="standard input is not UTF-8 text"):
+        run("--chat")
+
+
+def test_nothing_is_kept_where_nothing_can_be_written(model_dir):
+    command = [sys.executable, "-m", "infer.sample", "--checkpoint", str(model_dir)]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": "/dev/null/cache"}
+    result = subprocess.run(
+        [*command, "--prompt", "fox", *GREEDY],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert result.stdout
+    assert len(result.stderr.splitlines()) == 2  # loaded, compiled
 
 
 def test_no_checkpoint_and_no_model_directory_are_one_line_and_status_2(tmp_path):

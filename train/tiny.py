@@ -101,7 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         raise UserError(f"{args.text} is not a UTF-8 text file, expected one to learn") from None
     keep_compilations()
-    tokenizer = train_tokenizer(text)
+    try:
+        tokenizer = train_tokenizer(text)
+    except RuntimeError:  # SentencePiece's, where a text has too few different pieces
+        raise UserError(
+            f"{args.text} is too short to learn {CONFIG.vocab_size} pieces from; take a longer text"
+        ) from None
     ids = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).encode(text)
     params = train(np.array(ids, np.int32))
     with tempfile.NamedTemporaryFile(suffix=".model") as file:
