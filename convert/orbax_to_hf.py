@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     }
 
     # Write it
-    with new_directory(args.output) as staging, progress("converting", size) as advance:
+    with new_directory(args.output, size) as staging, progress("converting", size) as advance:
         _write_json(staging / "config.json", config.to_hf(dtype) | ends)
         _write_json(staging / "generation_config.json", ends)
         tokenizer_path.copy(staging / tokenizer_path.name)

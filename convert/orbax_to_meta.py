@@ -7,7 +7,10 @@ page cache into `consolidated.NN.pth`: the memory needed is a few times the larg
 the disk holds the model twice for a while.
 """
 
+import errno
 import json
+import os
+import re
 import time
 from pathlib import Path
 
@@ -54,7 +57,11 @@ def main(arguments: list[str]) -> None:
     tokenizer = tokenizer_file(args.checkpoint)
 
     # Write it: cut every tensor, then save rank by rank
-    with new_directory(args.output) as staging, progress("converting", 2 * size) as advance:
+    needed = size + size // args.ranks  # the raw files, and one rank's own
+    with (
+        new_directory(args.output, needed) as staging,
+        progress("converting", 2 * size) as advance,
+    ):
         ranks = [_Rank(Path(staging), rank) for rank in range(args.ranks)]
         for weight in weights(config):
             parts = _cut(weight, leaves[weight.path].read(), config, args.ranks)
@@ -139,7 +146,12 @@ class _Rank:
             part = torch.from_numpy(raw[offset : offset + size])
             tensors[name] = part.view(getattr(torch, dtype.name)).view(shape)
         tensors |= {name: tensors[of] for name, of in self._same.items()}
-        torch.save(tensors, self.file)
+        try:
+            torch.save(tensors, self.file)
+        except RuntimeError as error:  # all that torch says of a full disk
+            if not re.search("unexpected pos|file write failed", str(error)):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.file)) from None
         self._raw.unlink()
 
 

@@ -73,15 +73,22 @@ def param_shapes(config: LlamaConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def new_directory(path: str | os.PathLike) -> Iterator[epath.Path]:
+def new_directory(path: str | os.PathLike, needed: int = 0) -> Iterator[epath.Path]:
     """Yields an empty directory that becomes `path` at the end, or vanishes on any exception.
 
     It stands beside `path` as `.NAME.partial-XXXXXXXX`, so that a killed process leaves nothing
     under the final name, and what it leaves is known by its name (`refuse_unfinished`).
-    Raises `UserError` where `path` exists, at the start and at the end.
+    Raises `UserError` where `path` exists, at the start and at the end, and where the disk has
+    no room for `needed` bytes or fills up.
     """
     path = _absolute(path)
     _refuse_existing(path)
+    _refuse_small_disk(path, needed)
+    with _full_disk_is_user_error(path, needed):
+        yield from _staged(path)
+
+
+def _staged(path: epath.Path) -> Iterator[epath.Path]:
     staging = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     try:
         staging.mkdir(parents=True)
@@ -149,10 +156,7 @@ def save_model(
     called once a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
     """
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    path = _absolute(path)
-    _refuse_existing(path)
-    _refuse_small_disk(path, needed)
-    with _full_disk_is_user_error(path, needed), new_directory(path) as staging:
+    with new_directory(path, needed) as staging:
         save_tree(staging / "params", params, progress)
         if tokenizer is not None:
             tokenizer = epath.Path(tokenizer)
@@ -394,10 +398,14 @@ def _free_bytes(path: epath.Path) -> int:
 
 
 def _disk_full(path: epath.Path, needed: int) -> UserError:
-    free = f", {_free_bytes(path) / 1e9:.2f} GB free" if _is_local(path) else ""
+    free = f", {_size(_free_bytes(path))} free" if _is_local(path) else ""
     return UserError(
-        f"{path}: disk full: needs {needed / 1e9:.2f} GB{free}; make room or write elsewhere"
+        f"{path}: disk full: needs {_size(needed)}{free}; make room or write elsewhere"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _refuse_small_disk(path: epath.Path, needed: int) -> None:

@@ -252,7 +252,7 @@ def test_small_disk_is_refused_early(tmp_path, monkeypatch):
     usage = checkpoint.shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
     params = map_shapes(lambda s: LazyArray(s, np.dtype("f4"), lambda: pytest.fail("read")))
-    with pytest.raises(UserError, match=r"disk full: needs 0\.\d+ GB, 0\.00 GB free"):
+    with pytest.raises(UserError, match=r"disk full: needs 0\.\d\d MB, 0\.10 MB free"):
         save(tmp_path / "new" / "m", params)
     assert os.listdir(tmp_path) == []
 
@@ -267,7 +267,7 @@ def test_disk_that_fills_up_is_reported_and_left_clean(tmp_path, monkeypatch, ca
         pytest.skip("cannot mount a small tmpfs here (needs root)")
     try:
         monkeypatch.setattr(checkpoint, "_refuse_small_disk", lambda *_: None)
-        with pytest.raises(UserError, match=r"disk full: needs .* GB free; make room"):
+        with pytest.raises(UserError, match=r"disk full: needs .* MB free; make room"):
             save(tmp_path / "m", random_params())
         assert os.listdir(tmp_path) == []
         assert capfd.readouterr() == ("", "")

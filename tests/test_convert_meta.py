@@ -21,8 +21,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import meta_to_orbax, orbax_to_meta, to_orbax
+from convert import meta_to_orbax, orbax_to_hf, orbax_to_meta, to_orbax
 from convert.source import cast, model_leaves, same_bits
+from llama_jax import checkpoint
 from llama_jax.checkpoint import load, load_config, load_params, new_directory
 from llama_jax.config import LlamaConfig, RopeScaling
 from llama_jax.errors import UserError
@@ -581,6 +582,30 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def _size(file: Path) -> int:
     return file.stat().st_size
+
+
+@pytest.mark.parametrize("module", [orbax_to_meta, orbax_to_hf])
+def test_a_disk_that_fills_up_on_the_way_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
+):
+    model = convert(write_meta(tmp_path / "meta"), tmp_path / "model")
+    size = sum(file.stat().st_size for file in (model / "params").rglob("*"))
+    small = tmp_path / "small"
+    small.mkdir()
+    option = f"size={size * 5 // 4 if module is orbax_to_meta else size // 2}"
+    command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", small]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("cannot mount a small tmpfs here (needs root)")
+    arguments = ["--checkpoint", str(model), "--output", str(small / "again")]
+    try:
+        with pytest.raises(UserError, match=r"disk full: needs 0\.\d\d MB, .* MB free; make room"):
+            module.main(arguments)
+        monkeypatch.setattr(checkpoint, "_refuse_small_disk", lambda *_: None)
+        with pytest.raises(UserError, match=r"disk full: needs 0\.\d\d MB, .* MB free; make room"):
+            module.main(arguments)
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", small], check=True)
 
 
 @pytest.mark.parametrize(
