@@ -18,6 +18,7 @@ from convert.source import (
     DTYPES,
     cast,
     input_directory,
+    is_model_directory,
     read_json,
     same_bits,
     unreadable_is_user_error,
@@ -102,6 +103,8 @@ def _weight_files(directory: Path) -> list[Path]:
         hint = f"there are shards, copy their {INDEX} too"
     elif any(directory.glob("pytorch_model*.bin")):
         hint = "it holds pickled weights, download the safetensors ones"
+    elif is_model_directory(directory):
+        hint = "it is already a model directory"
     else:
         hint = "name the directory that holds Hugging Face's weights"
     raise UserError(f"neither {SINGLE} nor {INDEX} in {directory}; {hint}")
@@ -159,13 +162,14 @@ def _check_index(directory: Path, tensors: Mapping[str, _Stored]) -> None:
 
 def _check_tensors(tensors: Mapping[str, _Stored], config: LlamaConfig, directory: Path) -> None:
     """Exactly the tensors that the config asks for, in its shapes; a tied head may be repeated."""
+    for weight in weights(config):  # before any list of them: the layers may be too many for one
+        if weight.hf not in tensors:
+            raise UserError(
+                f"tensor {weight.hf} is missing from {directory}; config.json and the weights are "
+                "of different models, or a shard is missing"
+            )
     expected = {weight.hf: weight for weight in weights(config)}
     for name, weight in expected.items():
-        if name not in tensors:
-            raise UserError(
-                f"tensor {name} is missing from {directory}; config.json and the weights are of "
-                "different models, or a shard is missing"
-            )
         stored, shape = tensors[name], weight.shape(config)
         if stored.dtype not in STORED:
             raise UserError(

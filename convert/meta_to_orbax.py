@@ -32,6 +32,7 @@ from convert.source import (
     DTYPES,
     cast,
     input_directory,
+    is_model_directory,
     read_json,
     same_bits,
     unreadable_is_user_error,
@@ -163,13 +164,16 @@ def _rank_files(directory: Path) -> list[Path]:
     found = {}
     for file in directory.glob("consolidated.*.pth"):
         if match := re.fullmatch(r"consolidated\.(\d+)\.pth", file.name):
+            if not file.is_file():
+                raise UserError(f"{file} is no file, expected weights; download it again")
             found[int(match[1])] = file
     if not found:
-        hint = (
-            "it is a Hugging Face checkpoint, run python -m convert.hf_to_orbax"
-            if any(directory.glob("*.safetensors"))
-            else "name the directory that holds Meta's weights"
-        )
+        if any(directory.glob("*.safetensors")):
+            hint = "it is a Hugging Face checkpoint, run python -m convert.hf_to_orbax"
+        elif is_model_directory(directory):
+            hint = "it is already a model directory"
+        else:
+            hint = "name the directory that holds Meta's weights"
         raise UserError(f"no consolidated.NN.pth in {directory}; {hint}")
     for rank in range(max(found) + 1):
         if rank not in found:
@@ -196,9 +200,18 @@ def _open_shard(file: Path) -> Shard:
     if not isinstance(shard, dict):
         raise UserError(f"{file} holds a {type(shard).__name__}, expected a dict of tensors")
     for name, value in shard.items():
+        if not isinstance(name, str):
+            raise UserError(f"{file}: key {name!r} is no string, expected the names of tensors")
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{file}: {name} is a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+            raise UserError(f"{file}: {name} is {value.layout}, expected a dense tensor with data")
         _dtype(value, f"{file}: {name}")
+        if value.ndim not in (1, 2) or not value.numel():
+            raise UserError(
+                f"{file}: {name} has shape {tuple(value.shape)}, expected a vector or a matrix "
+                "that is not empty; download it again"
+            )
     return {name: value for name, value in shard.items() if not is_derived(name)}
 
 
@@ -358,6 +371,8 @@ def _kv_copies(shards: list[Shard], config: LlamaConfig) -> int:
 
 def _check_shapes(files: list[Path], shards: list[Shard], config: LlamaConfig, copies: int) -> None:
     """Exactly the tensors that the config asks for, in the shapes that it gives them."""
+    for weight in weights(config):  # before any list of them: the layers may be too many for one
+        _tensor(shards[0], weight.meta)
     expected = {weight.meta: weight for weight in weights(config)} | {HEAD.meta: HEAD}
     for name in shards[0]:
         if name not in expected:

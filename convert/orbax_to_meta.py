@@ -86,6 +86,13 @@ def check_ranks(config: LlamaConfig, ranks: int) -> None:
 
     More ranks than KV heads are possible: each head is then held by several.
     """
+    if misfit := _misfit(config, ranks):
+        fit = [str(n) for n in range(1, config.n_heads + 1) if not _misfit(config, n)]
+        raise UserError(f"--ranks is {ranks}, expected {misfit}; {', '.join(fit)} would work")
+
+
+def _misfit(config: LlamaConfig, ranks: int) -> str | None:
+    """What the number of ranks should have been and is not."""
     sizes = {
         "n_heads": config.n_heads,
         "mlp_dim": config.mlp_dim,
@@ -94,11 +101,10 @@ def check_ranks(config: LlamaConfig, ranks: int) -> None:
     }
     for name, value in sizes.items():
         if ranks < 1 or value % ranks:
-            raise UserError(f"--ranks is {ranks}, expected a divisor of {name} {value}")
+            return f"a divisor of {name} {value}"
     if config.n_kv_heads % ranks and ranks % config.n_kv_heads:
-        raise UserError(
-            f"--ranks is {ranks}, expected a divisor or a multiple of {config.n_kv_heads} KV heads"
-        )
+        return f"a divisor or a multiple of {config.n_kv_heads} KV heads"
+    return None
 
 
 def _cut(weight: Weight, array: np.ndarray, config: LlamaConfig, ranks: int) -> list[np.ndarray]:

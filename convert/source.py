@@ -51,12 +51,18 @@ def input_directory(path: str) -> Path:
     return directory
 
 
+def is_model_directory(directory: Path) -> bool:
+    return (directory / "config.json").is_file() and (directory / "params").is_dir()
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; raises `UserError` if it is missing, not UTF-8 or no object."""
     try:
         value = json.loads(file.read_bytes().decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; copy it from where the weights came from") from None
+    except IsADirectoryError:
+        raise UserError(f"{file} is a directory, expected a JSON file; download it again") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text, expected JSON; download it again") from None
     except (json.JSONDecodeError, RecursionError) as error:
@@ -154,12 +160,10 @@ def verify(directory: str, config: LlamaConfig, source: Mapping[str, LazyArray])
 # --- tokenizers ---
 
 
-@contextlib.contextmanager
-def find_tokenizer(directory: Path, given: str | None, names: Iterable[str]) -> Iterator[Path]:
+def find_tokenizer(directory: Path, given: str | None, names: Iterable[str]) -> Path:
     """The tokenizer's file: `given`, or the first of `names` in `directory`.
 
-    Under the name that a model directory uses for its format, whatever it was called; in a
-    temporary directory if that takes a copy. Raises `UserError` where there is none.
+    Raises `UserError` where there is none.
     """
     names = tuple(names)
     found = [directory / name for name in names if (directory / name).is_file()]
@@ -172,14 +176,20 @@ def find_tokenizer(directory: Path, given: str | None, names: Iterable[str]) -> 
             f"no {' or '.join(names)} in {directory}; give the tokenizer's file with "
             "--tokenizer FILE"
         )
-    with open(found[0], "rb") as stream:
+    return found[0]
+
+
+@contextlib.contextmanager
+def under_its_usual_name(tokenizer: Path) -> Iterator[Path]:
+    """The file, called as a model directory calls its format: in a copy where it is not."""
+    with open(tokenizer, "rb") as stream:
         is_json = stream.read(64).lstrip().startswith(b"{")
     name = "tokenizer.json" if is_json else "tokenizer.model"
-    if found[0].name == name:
-        yield found[0]
+    if tokenizer.name == name:
+        yield tokenizer
         return
     with tempfile.TemporaryDirectory() as temporary:
-        yield Path(shutil.copy(found[0], Path(temporary) / name))
+        yield Path(shutil.copy(tokenizer, Path(temporary) / name))
 
 
 def check_tokenizer(file: Path, vocab_size: int) -> None:

@@ -15,6 +15,7 @@ from convert.source import (
     check_tokenizer,
     find_tokenizer,
     provenance,
+    under_its_usual_name,
     verify,
 )
 from llama_jax.checkpoint import LazyArray, nested, save_model
@@ -64,12 +65,10 @@ def convert(
     dtype = str(leaves[EMBED.path].dtype)
     origin = provenance(prog, dtype)
 
-    with contextlib.ExitStack() as stack:
-        tokenizer = stack.enter_context(
-            find_tokenizer(source.directory, args.tokenizer, tokenizers)
-        )
-        check_tokenizer(tokenizer, config.vocab_size)
+    tokenizer = find_tokenizer(source.directory, args.tokenizer, tokenizers)
+    check_tokenizer(tokenizer, config.vocab_size)
 
+    with contextlib.ExitStack() as stack:
         # Write it, hashing the source meanwhile; provenance is complete once the last tensor is
         hashes = stack.enter_context(Hashes(source.files, source.md5))
         bar = stack.enter_context(progress("converting", size))
@@ -77,7 +76,7 @@ def convert(
             args.output,
             config,
             nested(leaves),
-            tokenizer=tokenizer,
+            tokenizer=stack.enter_context(under_its_usual_name(tokenizer)),
             provenance=origin,
             progress=_when_done(bar, size, lambda: origin.update(source=hashes.result())),
         )

@@ -172,7 +172,7 @@ def load_config(path: str | os.PathLike) -> LlamaConfig:
         what = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}, expected a model directory")
     refuse_unfinished(path)
-    if not (path / "config.json").exists() or not (path / "params").is_dir():
+    if not (path / "config.json").is_file() or not (path / "params").is_dir():
         raise UserError(f"{path} is not a model directory: {_what_instead(path)}")
     file = path / "config.json"
     try:
@@ -181,7 +181,7 @@ def load_config(path: str | os.PathLike) -> LlamaConfig:
         raise UserError(
             f"{file} is not UTF-8 text, expected JSON; convert the model again"
         ) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}); convert the model again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file} holds a {type(fields).__name__}, expected a JSON object")
@@ -370,6 +370,9 @@ def _what_instead(path: epath.Path) -> str:
     if list(path.glob("*.safetensors")) or list(path.glob("pytorch_model*.bin")):
         return "it is a Hugging Face checkpoint; run python -m convert.hf_to_orbax first"
     missing = [name for name in ("config.json", "params") if not (path / name).exists()]
+    if not missing:
+        wrong = "config.json is no file" if (path / "config.json").is_dir() else "params is a file"
+        return f"{wrong} in it; convert the model again"
     return f"no {' and no '.join(missing)} in it; name the directory that a converter wrote"
 
 

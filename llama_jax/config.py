@@ -418,6 +418,9 @@ _HF_HARMLESS = {
 }  # fmt: skip
 
 
+_MAY_BE_NULL = {"head_dim", "num_key_value_heads", "n_kv_heads"}  # null: from the other shapes
+
+
 def _refuse_unknown(fields: Mapping[str, Any], known: set[str], where: str) -> None:
     if unknown := sorted(set(fields) - known):
         raise UserError(
@@ -426,7 +429,9 @@ def _refuse_unknown(fields: Mapping[str, Any], known: set[str], where: str) -> N
 
 
 def _value(fields: Mapping[str, Any], key: str, where: str, default: Any) -> Any:
-    value = fields.get(key)  # JSON's null means absent
+    value = fields.get(key)
+    if value is None and key in fields and key not in _MAY_BE_NULL:
+        raise UserError(f"{where}: {key} is null, expected a value")
     if value is None:
         value = default
     if value is None:

@@ -306,6 +306,11 @@ def test_killed_save_leaves_nothing_that_loads(tmp_path, tensors):
     checkpoint.load_params(tmp_path / "m")
 
 
+def become(path, make):
+    path.rename(path.with_name("old"))
+    make(path)
+
+
 def truncate(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
@@ -323,6 +328,9 @@ def truncate(path, size):
         (lambda m: truncate(m / "config.json", 50), "not valid JSON"),
         (lambda m: (m / "config.json").write_bytes(b"\xff{}"), "not UTF-8"),
         (lambda m: (m / "config.json").write_text("[]"), "expected a JSON object"),
+        (lambda m: (m / "config.json").write_text("[" * 200_000), "not valid JSON"),
+        (lambda m: become(m / "config.json", Path.mkdir), "config.json is no file in it"),
+        (lambda m: become(m / "params", Path.touch), "params is a file in it"),
         (lambda m: (m / "config.json").unlink(), "no config.json in it"),
         (lambda m: (m / "params").rename(m / "elsewhere"), "no params in it"),
     ],

@@ -312,6 +312,8 @@ def test_tensors_that_do_not_fit_the_config(tmp_path: Path):
     [
         ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
+        ({"num_hidden_layers": 10**9}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
+        ({"rms_norm_eps": None}, r"config\.json: rms_norm_eps is null"),
         ({"num_hidden_layers": 1}, r"unknown tensor model\.layers\.1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "RoPE type 'yarn'"),
@@ -335,6 +337,8 @@ def test_files_that_are_absent_or_of_another_kind(tmp_path: Path):
     refused(source, "it holds pickled weights, download the safetensors ones")
     (source / "pytorch_model.bin").rename(source / "consolidated.00.pth")
     refused(source, "run python -m convert.meta_to_orbax")
+    model = convert(write_hf(tmp_path / "other"), tmp_path / "model")
+    refused(model, "it is already a model directory")
     refused(tmp_path / "absent", "absent does not exist")
 
 

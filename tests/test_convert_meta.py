@@ -365,6 +365,14 @@ def test_a_gap_in_the_ranks(tmp_path: Path):
     refused(meta, r"consolidated\.02\.pth is missing")
 
 
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "params.json"])
+def test_a_directory_where_a_file_belongs(tmp_path: Path, name: str):
+    meta = write_meta(tmp_path / "meta")
+    (meta / name).unlink()
+    (meta / name).mkdir()
+    refused(meta, f"{name} is (no file|a directory), expected")
+
+
 def test_the_last_rank_missing(tmp_path: Path):
     meta = write_meta(tmp_path / "meta", ranks=4)
     (meta / "consolidated.03.pth").unlink()
@@ -449,6 +457,9 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
     assert not marker.exists()
 
 
+_WO = "layers.0.attention.wo.weight"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -456,6 +467,10 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
         ({"norm.weight": 3}, "norm.weight is a int, expected a tensor"),
         ({"norm.weight": torch.zeros(3, dtype=torch.int64)}, "norm.weight is int64, expected"),
         ({}, "is missing from the checkpoint"),
+        ({3: torch.zeros(3)}, r"consolidated\.00\.pth: key 3 is no string"),
+        ({"norm.weight": torch.zeros(3).to_sparse()}, "norm.weight is torch.sparse_coo, expected"),
+        ({_WO: torch.zeros(64, 0)}, r"00\.pth: layers.0.attention.wo.weight has shape \(64, 0\)"),
+        ({"layers.0.feed_forward.w1.weight": torch.tensor(1.0)}, r"w1.weight has shape \(\), exp"),
     ],
 )
 def test_a_checkpoint_of_other_things(tmp_path: Path, content: Any, message: str):
@@ -470,6 +485,7 @@ def test_a_checkpoint_of_other_things(tmp_path: Path, content: Any, message: str
         ({"dim": 128}, "params.json says dim 128"),
         ({"dim": None}, "dim is None, expected a whole number"),
         ({"n_layers": 3}, "layers.2.attention_norm.weight is missing"),
+        ({"n_layers": 10**9}, "layers.2.attention_norm.weight is missing"),
         ({"n_layers": 1}, "unknown tensor layers.1"),
         ({"n_kv_heads": 8}, "attention.wk.weight has shape .* params.json says"),
         ({"vocab_size": 513}, "vocab_size is 513, but the embedding has 512 rows"),
@@ -517,6 +533,8 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path):
     with open(meta / "tokenizer.model", "a") as stream:
         stream.write(f"{base64.b64encode(b'ab').decode()} 256\n")
     refused(meta, "tokenizer of the wrong size: .* has 513 ids, but the embedding has 512 rows")
+    (tmp_path / "LICENSE").write_text("You may use it.")
+    refused(meta, f"^{tmp_path}/LICENSE is no tok", f"--tokenizer={tmp_path}/LICENSE")
     (meta / "tokenizer.model").unlink()
     refused(meta, "no tokenizer.model .* give the tokenizer's file with --tokenizer FILE")
     refused(meta, "--tokenizer .* is no file", "--tokenizer", str(tmp_path / "absent"))
@@ -530,6 +548,8 @@ def test_inputs_and_outputs_that_do_not_fit(tmp_path: Path):
     refused(tmp_path / "empty", r"no consolidated\.NN\.pth in .*empty")
     (tmp_path / "empty" / "model.safetensors").touch()
     refused(tmp_path / "empty", "run python -m convert.hf_to_orbax")
+    model = convert(meta, tmp_path / "whole")
+    refused(model, r"no consolidated\.NN\.pth in .*; it is already a model directory")
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="model exists already"):
         convert(meta, tmp_path / "model")
@@ -624,7 +644,9 @@ def test_ranks_and_kv_heads_that_share_no_factor():
         norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, context=64, tie_embeddings=False,
         version="2",
     )  # fmt: skip
-    with pytest.raises(UserError, match="divisor or a multiple of 6 KV heads"):
+    with pytest.raises(
+        UserError, match=r"divisor or a multiple of 6 KV heads; 1, 2, 3, 6, 12 would work"
+    ):
         orbax_to_meta.check_ranks(config, 4)
     orbax_to_meta.check_ranks(config, 12)
     orbax_to_meta.check_ranks(dataclasses.replace(config, n_kv_heads=12), 4)
