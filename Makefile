@@ -30,7 +30,7 @@ out/tiny: | out/tiny-meta
 	$(BIN)/python -m convert.meta_to_orbax --input out/tiny-meta --output $@ --verify
 
 sample: $(READY) out/tiny
-	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)" --echo
+	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)" --echo --max-new-tokens 100
 
 test: $(READY)
 	$(BIN)/python -m pytest

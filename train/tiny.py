@@ -41,7 +41,7 @@ CONFIG = LlamaConfig(
     tie_embeddings=True,
     version="2",
 )
-BATCH, LENGTH, STEPS = 16, 64, 300
+BATCH, LENGTH, STEPS = 12, 128, 300
 
 
 def train_tokenizer(text: str) -> bytes:
