@@ -124,10 +124,9 @@ def complete(
     args: argparse.Namespace,
     show: Callable[[int, str, bool], None],
 ) -> list[Completion]:
-    """Completes a batch of token ids; `show(row, text, finished)` is called as text
-    becomes final.
+    """Completes a batch of token ids; reports compilation and speed on standard error.
 
-    Reports compilation and speed on standard error.
+    `show(row, text, finished)` is called as text becomes final.
     """
     config, params, tokenizer = model.config, model.params, model.tokenizer
     n_logprobs = args.logprobs or 0
@@ -182,7 +181,7 @@ def complete(
     _report(
         f"compiled in {compiled - began:.2f} s; first token after {first:.3f} s; "
         f"{total} tokens in {seconds:.2f} s"
-        + (f", {(total - len(rows)) / (seconds - first):.1f} tokens/s" if seconds > first else "")
+        + (f", {(total - len(rows)) / (seconds - first):.1f} tokens/s" if total > len(rows) else "")
     )
     return [finished[row] for row in range(len(rows))]
 
