@@ -1,8 +1,8 @@
 """The key-value cache: static shapes, one length a row, an ordinary pytree in and out.
 
 Layers are separate arrays laid out [B, K, S, H], so that the two products of attention read them
-as they lie; with [B, S, K, H], or with layers stacked on an axis, XLA on CPU copies the whole
-cache at every step (figures in docs/LOG.md).
+as they lie; with [B, S, K, H] XLA on CPU transposes the whole cache at every step (figures in
+docs/LOG.md).
 """
 
 import jax

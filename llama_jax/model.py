@@ -118,7 +118,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole network. Layers are unrolled: see the first table of docs/LOG.md."""
+    """The whole network. Layers are unrolled: a scan over stacked ones is slower (docs/LOG.md)."""
 
     config: LlamaConfig
 
