@@ -20,6 +20,8 @@ import numpy as np
 from flax import struct
 
 from infer.sampling import Sampling, sample, settings
+from llama_jax import cache as kv
+from llama_jax import sharding
 from llama_jax.cache import Entries, KVCache, append, init_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
@@ -62,14 +64,16 @@ class Shapes(NamedTuple):
     room: int  # S
     n_logprobs: int
     long: bool = False  # whether a prompt takes more than one chunk
+    int8_cache: bool = False
 
 
 def init_state(config: LlamaConfig, params: Params, shapes: Shapes) -> State:
-    """A state before the first token; the cache has the dtype of the embedding."""
+    """A state before the first token; what is cached has the dtype of the embedding."""
     batch, room, n_logprobs = shapes.batch, shapes.room, shapes.n_logprobs
     ints = functools.partial(jnp.zeros, dtype=jnp.int32)
+    dtype = params["embed"]["embedding"].dtype
     return State(
-        cache=init_cache(config, batch, room, params["embed"]["embedding"].dtype),
+        cache=init_cache(config, batch, room, dtype, int8=shapes.int8_cache),
         token=ints(batch),
         count=ints(batch),
         done=jnp.zeros(batch, bool),
@@ -115,12 +119,29 @@ def _write(drawn: State, new: tuple[Entries, ...], lengths_B: jax.Array) -> Stat
     return drawn.replace(cache=append(drawn.cache, new, lengths_B))
 
 
-class Chunk(NamedTuple):
-    """The next tokens of each prompt."""
+def _axes(path: tuple, x: Any) -> tuple[str | None, ...]:
+    """The logical axes of the array at this path of a `State`: only large ones are split."""
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    if names[:2] == ["cache", "layers"]:
+        return kv.logical_axes(x)
+    return ("batch", "vocab") if names == ["seen"] else (None,) * x.ndim
 
-    tokens: jax.Array  # int32 [B, T], padded on the right
-    lengths: jax.Array  # int32 [B]
-    last: jax.Array  # bool [B], the prompt ends here
+
+def _split(state: State) -> State:
+    """The state with every array where the next program expects it."""
+
+    def split(path: tuple, x: jax.Array) -> jax.Array:
+        return sharding.constrain(x, *_axes(path, x))
+
+    return jax.tree.map_with_path(split, state)
+
+
+class Chunk(NamedTuple):
+    """The next tokens of each prompt, on the host or on the devices."""
+
+    tokens: Any  # int32 [B, T], padded on the right
+    lengths: Any  # int32 [B]
+    last: Any  # bool [B], the prompt ends here
 
 
 def _read(
@@ -145,7 +166,8 @@ def start(
     config: LlamaConfig, shapes: Shapes, params: Params, request: Request, chunk: Chunk
 ) -> State:
     """The state after the first chunk, which sees nothing but itself."""
-    return _read(config, params, init_state(config, params, shapes), None, request, chunk)
+    empty = init_state(config, params, shapes)
+    return _split(_read(config, params, empty, None, request, chunk))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -153,7 +175,7 @@ def extend(
     config: LlamaConfig, params: Params, state: State, request: Request, chunk: Chunk
 ) -> State:
     """The state after a further chunk."""
-    return _read(config, params, state, state.cache, request, chunk)
+    return _split(_read(config, params, state, state.cache, request, chunk))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -173,7 +195,7 @@ def decode(
         i, state = carry
         return (i < steps) & ~jnp.all(state.done)
 
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+    return _split(jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1])
 
 
 class Programs(NamedTuple):
@@ -223,19 +245,39 @@ def compile_programs(config: LlamaConfig, params: Params, shapes: Shapes) -> Pro
     return _compile(config, avals, tree, shapes)
 
 
+def lower_programs(config: LlamaConfig, params: Params, shapes: Shapes) -> dict[str, Any]:
+    """The programs for these shapes by name, lowered; `params` may be abstract.
+
+    They run where the parameters lie: their shardings give the devices, which need not exist.
+    """
+    mesh = sharding.mesh_of(params)
+    rows = [[0]] * shapes.batch
+
+    def place(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        target = None if mesh is None else sharding.named(x.shape, axes, mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target)
+
+    def copied(tree: Any) -> Any:
+        return jax.tree.map(lambda x: place(x, *[None] * x.ndim), tree)
+
+    request = copied(make_request(config, rows, settings([(0, 0)] * shapes.batch), 1, ()))
+    chunk = copied(next(chunks(rows, shapes.chunk)))
+    steps = copied(np.int32(1))
+    with sharding.use(mesh):
+        state = jax.eval_shape(functools.partial(start, config, shapes), params, request, chunk)
+        state = jax.tree.map_with_path(lambda path, x: place(x, *_axes(path, x)), state)
+        lowered = {
+            "start": start.lower(config, shapes, params, request, chunk),
+            "decode": decode.lower(config, params, state, request, steps),
+        }
+        if shapes.long:
+            lowered["extend"] = extend.lower(config, params, state, request, chunk)
+    return lowered
+
+
 @functools.lru_cache(maxsize=16)
 def _compile(config: LlamaConfig, avals: tuple, tree: Any, shapes: Shapes) -> Programs:
-    params = jax.tree.unflatten(tree, avals)
-    B = shapes.batch
-    request = make_request(config, [[0]] * B, settings([(0, 0)] * B), 1, ())
-    chunk = next(chunks([[0]] * B, shapes.chunk))
-    state = jax.eval_shape(functools.partial(start, config, shapes), params, request, chunk)
-    lowered = {
-        "start": start.lower(config, shapes, params, request, chunk),
-        "decode": decode.lower(config, params, state, request, np.int32(1)),
-    }
-    if shapes.long:
-        lowered["extend"] = extend.lower(config, params, state, request, chunk)
+    lowered = lower_programs(config, jax.tree.unflatten(tree, avals), shapes)
     with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
         compiled = pool.map(lambda program: program.compile(), lowered.values())
         return Programs(**dict(zip(lowered, compiled, strict=True)))
@@ -254,7 +296,7 @@ def chunks(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
             row[: len(piece)] = piece
         last = (lengths > begin) & (lengths <= begin + size)
         valid = np.clip(lengths - begin, 0, size)
-        yield Chunk(jnp.asarray(tokens), jnp.asarray(valid), jnp.asarray(last))
+        yield Chunk(tokens, valid.astype(np.int32), last)
 
 
 def make_request(
@@ -271,8 +313,8 @@ def make_request(
     limit = [min(max_new_tokens, config.context - len(prompt)) for prompt in prompts]
     return Request(
         sampling=sampling,
-        limit=jnp.asarray(np.array(limit, np.int32)),
-        stop_ids=jnp.asarray(np.array(stops + [-1] * (STOP_IDS - len(stops)), np.int32)),
+        limit=np.array(limit, np.int32),
+        stop_ids=np.array(stops + [-1] * (STOP_IDS - len(stops)), np.int32),
     )
 
 
@@ -318,8 +360,10 @@ def stream(
     """
     shapes = request_shapes(config, prompts, max_new_tokens, n_logprobs)
     programs = compile_programs(config, params, shapes)
+    mesh = sharding.mesh_of(params)
     request = make_request(config, prompts, sampling, max_new_tokens, stop_ids)
-    first, *others = chunks(prompts, shapes.chunk)
+    request = sharding.replicate(request, mesh)
+    first, *others = (sharding.replicate(chunk, mesh) for chunk in chunks(prompts, shapes.chunk))
     state = programs.start(params, request, first)
     for chunk in others:
         state = programs.extend(params, state, request, chunk)
@@ -331,7 +375,7 @@ def stream(
         if progress.done.all():
             return
         began = time.perf_counter()
-        state = programs.decode(params, state, request, np.int32(steps))
+        state = programs.decode(params, state, request, sharding.replicate(np.int32(steps), mesh))
         jax.block_until_ready(state.done)
         if steps_a_fetch is None:
             seconds = (time.perf_counter() - began) / steps

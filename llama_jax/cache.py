@@ -2,7 +2,7 @@
 
 Layers are separate arrays laid out [B, K, S, H], so that the two products of attention read them
 as they lie; with [B, S, K, H] XLA on CPU transposes the whole cache at every step (figures in
-docs/LOG.md).
+docs/LOG.md). Keys and values may be kept as int8, with a scale for each head and position.
 """
 
 import jax
@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from llama_jax.config import LlamaConfig
+from llama_jax.quant import Int8
+from llama_jax.sharding import constrain
 
-Entries = tuple[jax.Array, jax.Array]  # keys and values of T positions of one layer, [B, K, T, H]
+# Keys and values of T positions of one layer, [B, K, T, H].
+Entries = tuple[jax.Array | Int8, jax.Array | Int8]
 
 
 class KVCache(struct.PyTreeNode):
@@ -27,14 +30,30 @@ class KVCache(struct.PyTreeNode):
 
 
 def init_cache(
-    config: LlamaConfig, batch: int, capacity: int, dtype: jax.typing.DTypeLike
+    config: LlamaConfig,
+    batch: int,
+    capacity: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    int8: bool = False,
 ) -> KVCache:
-    """An empty cache for `batch` rows of at most `capacity` positions."""
+    """An empty cache for `batch` rows of at most `capacity` positions that are of `dtype`.
+
+    With `int8` they are kept as int8 instead, which takes about half the memory of bfloat16.
+    """
     shape = batch, config.n_kv_heads, capacity, config.head_dim
-    layers = tuple(
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)
-    )
+
+    def empty() -> jax.Array | Int8:
+        zeros = jnp.zeros(shape, dtype)
+        return Int8.quantize(zeros) if int8 else zeros
+
+    layers = tuple((empty(), empty()) for _ in range(config.n_layers))
     return KVCache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def logical_axes(x: jax.Array) -> tuple[str | None, ...]:
+    """How an array of the cache, [B, K, ...], is split (`llama_jax.sharding`)."""
+    return "cache_batch", "kv_heads", *[None] * (x.ndim - 2)
 
 
 def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCache:
@@ -52,6 +71,9 @@ def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCa
 
     def write(old_BKSH, new_BKTH):
         new_BTKH = jnp.swapaxes(new_BKTH, 1, 2).astype(old_BKSH.dtype)
-        return old_BKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
+        written = old_BKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
+        return constrain(written, *logical_axes(written))
 
+    if isinstance(cache.layers[0][0], Int8):
+        new = jax.tree.map(Int8.quantize, new)
     return KVCache(jax.tree.map(write, cache.layers, new), cache.length + lengths)

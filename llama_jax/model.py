@@ -16,12 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llama_jax import rope
+from llama_jax import quant, rope
 from llama_jax.attention import attend
 from llama_jax.cache import Entries, KVCache, append
 from llama_jax.config import LlamaConfig
+from llama_jax.sharding import constrain
 
-Params = Any  # nested dicts of arrays, as `Llama.init` makes them
+Params = Any  # nested dicts of arrays, as `Llama.init` makes them, or of quantized leaves
 
 
 def leaf(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> jax.Array:
@@ -66,7 +67,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
         kernel = leaf(self, "kernel", init, (self.features, x.shape[-1]))
-        return jnp.einsum("...i,oi->...o", x, kernel)
+        return quant.dot(x, kernel)
 
 
 class Attention(nn.Module):
@@ -82,11 +83,13 @@ class Attention(nn.Module):
             y = Linear(n * H, name=name)(x_BTD)
             return y.reshape(*y.shape[:2], n, H)
 
-        q_BTNH = rope.rotate(heads("q", N), rotation)
-        k_BTKH = rope.rotate(heads("k", K), rotation)
-        new = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(heads("v", K), 1, 2)
-        out = attend(q_BTNH, new, cached, length_B)
-        return Linear(self.config.dim, name="o")(out), new
+        batch = "batch" if cached is None else "cache_batch"  # queries travel to the cache
+        q_BTNH = constrain(rope.rotate(heads("q", N), rotation), batch, None, "heads", None)
+        k_BTKH = constrain(rope.rotate(heads("k", K), rotation), batch, None, "kv_heads", None)
+        v_BTKH = constrain(heads("v", K), batch, None, "kv_heads", None)
+        new = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
+        out = constrain(attend(q_BTNH, new, cached, length_B), "batch", None, "heads")
+        return constrain(Linear(self.config.dim, name="o")(out), "batch", None, None), new
 
 
 class MLP(nn.Module):
@@ -98,7 +101,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate = nn.silu(Linear(self.config.mlp_dim, name="gate")(x_BTD))
         up = Linear(self.config.mlp_dim, name="up")(x_BTD)
-        return Linear(self.config.dim, name="down")(gate * up)
+        return constrain(Linear(self.config.dim, name="down")(gate * up), "batch", None, None)
 
 
 class Block(nn.Module):
@@ -144,7 +147,7 @@ class Llama(nn.Module):
         past_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length
         rotation = rope.rotations(config, past_B[:, None] + jnp.arange(T)[None])
         table_VD = Embedding(config.vocab_size, config.dim, name="embed")()
-        x_BTD = table_VD[tokens_BT]
+        x_BTD = quant.rows(table_VD, tokens_BT)
         new = []
         for i in range(config.n_layers):
             cached = None if cache is None else cache.layers[i]
@@ -159,8 +162,8 @@ class Llama(nn.Module):
             if config.tie_embeddings
             else Embedding(config.vocab_size, config.dim, leaf_name="kernel", name="head")()
         )
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head_VD, preferred_element_type=jnp.float32)
-        return logits_BTV, tuple(new)
+        logits_BTV = quant.dot(x_BTD, head_VD, jnp.float32)
+        return constrain(logits_BTV, "batch", None, "vocab"), tuple(new)
 
 
 def logits_and_entries(

@@ -1,0 +1,181 @@
+"""One program on many devices: the mesh, and the one table of what is split over which axis.
+
+Weights are split as in Megatron-LM (arXiv 1909.08053): query, key, value, gate and up by their
+rows, o and down by their columns, embedding and head by the vocabulary, so that a layer sums
+partial results twice and nothing else crosses devices. Mesh axes:
+
+  data    rows of the batch
+  tensor  KV heads, and with them query heads, feed-forward and vocabulary
+  query   where there are more devices than KV heads: the query heads that share a KV head, and
+          everything else that `tensor` splits once more. K and V kernels are copied over it. The
+          cache is not: its rows are spread over it, and queries travel to the cache.
+
+A user asks for `data=2,tensor=16`; `make_mesh` makes `query` of what exceeds the KV heads.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import UserError
+
+AXES = ("data", "tensor", "query")
+
+# Logical axis -> mesh axes. Where an axis does not divide the dimension, or another dimension of
+# the same array has it already, it is left out.
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "batch": ("data",),
+    "cache_batch": ("data", "query"),
+    "kv_heads": ("tensor",),
+    "group": ("query",),  # query heads that share a KV head
+    "heads": ("tensor", "query"),
+    "mlp": ("tensor", "query"),
+    "vocab": ("tensor", "query"),
+}
+
+# The logical axes of each parameter, by the two last names of its path.
+PARAMS: dict[tuple[str, str], tuple[str | None, ...]] = {
+    ("embed", "embedding"): ("vocab", None),
+    ("head", "kernel"): ("vocab", None),
+    ("q", "kernel"): ("heads", None),
+    ("k", "kernel"): ("kv_heads", None),
+    ("v", "kernel"): ("kv_heads", None),
+    ("o", "kernel"): (None, "heads"),
+    ("gate", "kernel"): ("mlp", None),
+    ("up", "kernel"): ("mlp", None),
+    ("down", "kernel"): (None, "mlp"),
+    ("attention_norm", "scale"): (None,),
+    ("mlp_norm", "scale"): (None,),
+    ("norm", "scale"): (None,),
+}
+
+
+def make_mesh(sizes: str, config: LlamaConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `sizes`, such as "data=2,tensor=4", for this model.
+
+    `devices` default to all there are, of all processes; a smaller mesh takes the first ones
+    where there is one process. Raises `UserError` for a size that the devices or the heads do not
+    allow.
+    """
+    asked = _parse(sizes)
+    devices = jax.devices() if devices is None else list(devices)
+    count = math.prod(asked.values())
+    if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
+        raise UserError(
+            f"--mesh {sizes} needs {count} devices, but there are {len(devices)}; "
+            "the sizes multiplied must give the number of devices"
+        )
+    tensor, kv = asked["tensor"], config.n_kv_heads
+    shared = min(tensor, kv)
+    group = tensor // shared
+    if kv % shared or tensor % shared or (config.n_heads // kv) % group:
+        raise UserError(
+            f"--mesh {sizes}: tensor={tensor} does not split {config.n_heads} query heads on {kv} "
+            f"KV heads evenly; {_choices(config)} do"
+        )
+    for name, size in (("feed-forward", config.mlp_dim), ("vocabulary", config.vocab_size)):
+        if size % tensor:
+            raise UserError(
+                f"--mesh {sizes}: tensor={tensor} does not divide the {name} of {size}; "
+                f"{_choices(config)} do"
+            )
+    grid = np.array(devices[:count]).reshape(asked["data"], shared, group)
+    return Mesh(grid, AXES)
+
+
+def tensor_sizes(config: LlamaConfig) -> list[int]:
+    """All sizes of `tensor` that split this model evenly."""
+    kv, group = config.n_kv_heads, config.n_heads // config.n_kv_heads
+    heads = [n for n in range(1, kv + 1) if kv % n == 0]
+    heads += [kv * n for n in range(2, group + 1) if group % n == 0]
+    return [n for n in heads if config.mlp_dim % n == 0 and config.vocab_size % n == 0]
+
+
+def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
+    """`axes`, the logical axes of an array of this shape, as the mesh axes that split it."""
+    used: set[str] = set()
+    entries: list[tuple[str, ...]] = []
+    for size, axis in zip(shape, axes, strict=True):
+        taken: tuple[str, ...] = ()
+        for name in RULES[axis]:
+            parts = math.prod(mesh.shape[other] for other in (*taken, name))
+            if name not in used and size % parts == 0:
+                taken += (name,)
+        used.update(taken)
+        entries.append(taken)
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
+def named(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
+    """`spec` on this mesh."""
+    return NamedSharding(mesh, spec(shape, axes, mesh))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, split over the mesh in use (`use`) by its logical axes; as it is where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
+
+
+def shardings(params: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for each array of a parameter tree, those of quantized leaves included.
+
+    An array inside of a quantized leaf is split as the first axes of the kernel are.
+    """
+
+    def sharding(path: tuple, array: Any) -> NamedSharding:
+        names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        axes = PARAMS[names[-2], names[-1]][: len(array.shape)]
+        return named(array.shape, axes, mesh)
+
+    return jax.tree.map_with_path(sharding, params)
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that the parameters lie on; None on a single device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None) -> Iterator[None]:
+    """Within it, `constrain` splits arrays over `mesh`."""
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays, the same in every process, on every device of the mesh."""
+    target = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.device_put(jax.tree.map(np.asarray, tree), target)
+
+
+def _parse(sizes: str) -> dict[str, int]:
+    expected = f'--mesh is {sizes!r}, expected sizes such as "data=2,tensor=4"'
+    asked = {"data": 1, "tensor": 1}
+    seen = set()
+    for part in sizes.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in asked or name in seen or not size.isascii() or not size.isdigit():
+            raise UserError(expected)
+        if int(size) < 1:
+            raise UserError(expected)
+        seen.add(name)
+        asked[name] = int(size)
+    return asked
+
+
+def _choices(config: LlamaConfig) -> str:
+    return ", ".join(str(n) for n in tensor_sizes(config))
