@@ -27,6 +27,7 @@ from etils import epath
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.quant import Quantization
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
@@ -70,6 +71,22 @@ def param_shapes(config: LlamaConfig) -> dict[str, Any]:
         "norm": {"scale": (d,)},
         **head,
     }
+
+
+def abstract(
+    config: LlamaConfig, quantization: Quantization | None = None, dtype: Any = np.float32
+) -> Params:
+    """The parameters of `config` as `jax.ShapeDtypeStruct`s, inside of quantized leaves as well.
+
+    `dtype` is that of plain arrays, and what quantized leaves stand for.
+    """
+    shapes = param_shapes(config)
+    plain = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    return plain if quantization is None else jax.eval_shape(quantization, plain)
 
 
 @contextlib.contextmanager
