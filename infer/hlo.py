@@ -1,0 +1,808 @@
+"""What an optimized XLA program costs, counted from its text (`compiled.as_text()`).
+
+`analyze` counts one execution of the program on one device: bytes to and from HBM, floating-point
+operations, collectives, and, where the compiler wrote them down (TPU), estimated cycles. XLA's own
+`cost_analysis` is no measure of HBM traffic: it counts traffic of on-chip memory too, and a
+prefetch three times.
+
+What counts:
+  A top-level instruction reads its operands and writes its results; a fusion is one instruction,
+  what happens inside it stays on the chip. Arrays in on-chip memory, S(n) in a TPU layout, are
+  free: a weight that `copy-start` or `slice-start` prefetches counts once, where it leaves HBM.
+  Of an operand that is only sliced or gathered from, what is read counts; of a buffer updated by
+  `dynamic-update-slice` or `scatter`, the update. XLA does these in place, and puts a visible copy
+  in front where it cannot.
+  A loop counts as often as it runs if that can be known, otherwise once: one step. Of a
+  conditional the branch with the most traffic counts.
+  Sizes are logical; `padded_hbm_bytes` counts the tiles that TPUs store ([.., 64] takes 128 lanes).
+Out of scope: caches of CPUs and GPUs, and what a custom call does inside. A custom call counts by
+the cost estimate that its author gave, or by its operands and results.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# These name a value or stand for one that another instruction made.
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "add-dependency",
+    "optimization-barrier",
+    "partition-id",
+    "replica-id",
+}
+CONTROL = {"while", "conditional", "call", "async-start"}  # the work is in what they call
+SLICES = {"slice", "dynamic-slice", "gather"}
+PASSING = {"bitcast", "convert", "copy", "reshape", "transpose"}  # element by element, in a fusion
+MOST_TRIPS = 1 << 16  # a longer loop counts as unknown
+# No single instruction takes minutes; the compiler prints such numbers where its estimate overflowed.
+MOST_CYCLES = 1 << 40
+
+SPECIAL = re.compile(r'["(){}\[\],]')
+
+
+# The program as data
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of a program: its type and where it lies."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    order: tuple[int, ...]  # dimensions from minor to major
+    tile: tuple[int, ...]  # of the most minor dimensions, major first; () where it is not tiled
+    bits: int  # of an element
+    space: int  # memory; 0 is HBM
+
+    @property
+    def size(self) -> int:
+        """Bytes of the elements alone."""
+        return math.ceil(math.prod(self.dims) * self.bits / 8)
+
+    @property
+    def padded(self) -> int:
+        """Bytes with the dimensions rounded up to whole tiles."""
+        dims = [self.dims[i] for i in reversed(self.order)]
+        for back, tile in enumerate(reversed(self.tile[-len(dims) :] if dims else ()), start=1):
+            dims[-back] = -(-dims[-back] // tile) * tile
+        return math.ceil(math.prod(dims) * self.bits / 8)
+
+
+Shape = Array | tuple["Shape", ...]
+Measure = Callable[[Array], int]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    shape: Shape
+    operands: tuple[str, ...]  # names; for a parameter its number, for a constant its value
+    rest: str  # the attributes as text
+
+    @functools.cached_property
+    def attributes(self) -> Mapping[str, str]:
+        pairs = (part.partition("=") for part in _split(self.rest))
+        return {key: value for key, _, value in pairs}
+
+    @functools.cached_property
+    def config(self) -> Mapping[str, Any]:
+        """`backend_config`; empty where it is not JSON."""
+        try:
+            config = json.loads(self.attributes.get("backend_config", "{}"))
+        except ValueError:
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The computations that this runs: of a loop the body, then the condition."""
+        keys = ("calls", "body", "condition", "true_computation", "false_computation")
+        if self.opcode == "call":
+            keys = ("to_apply",)
+        names = [self.attributes[key] for key in keys if key in self.attributes]
+        names += _split(self.attributes.get("branch_computations", "{}")[1:-1])
+        return tuple(name.removeprefix("%") for name in names)
+
+    @property
+    def target(self) -> str:
+        """What a custom call calls."""
+        return self.attributes.get("custom_call_target", "").strip('"')
+
+    @property
+    def is_start(self) -> bool:
+        """Whether this begins something that a `-done` ends."""
+        return self.opcode.endswith("-start")
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Instructions in the order of the schedule."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+    root: Instruction
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[int, Instruction]:
+        found = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return {int(i.operands[0]): i for i in found}
+
+    @functools.cached_property
+    def users(self) -> Mapping[str, list[tuple[Instruction, int]]]:
+        """Of each name, who reads it, and as which operand."""
+        users: dict[str, list[tuple[Instruction, int]]] = {}
+        for user in self.instructions.values():
+            for i, name in enumerate(user.operands):
+                users.setdefault(name, []).append((user, i))
+        return users
+
+
+@dataclass(frozen=True)
+class Module:
+    """A program."""
+
+    computations: Mapping[str, Computation]
+    entry: Computation
+    tiled: bool  # compiled for a TPU
+
+    @functools.cached_property
+    def fused(self) -> set[str]:
+        """The computations that are bodies of fusions."""
+        return {
+            instruction.called[0]
+            for computation in self.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode == "fusion"
+        }
+
+    def in_hbm(self, array: Array) -> bool:
+        # On GPUs space 1 is for collectives, and ordinary memory.
+        return array.space == 0 or (array.space == 1 and not self.tiled)
+
+
+def parse(text: str) -> Module:
+    """Reads the text of an optimized module.
+
+    Raises ValueError where it is not one.
+    """
+    computations: dict[str, Computation] = {}
+    header, entry, name, instructions, root = "", None, None, {}, None
+    for line in text.splitlines():
+        if line.startswith("HloModule"):
+            header = line
+        elif name is None:
+            if line.endswith("{") and line.startswith(("%", "ENTRY ")):
+                name = line.removeprefix("ENTRY ").removeprefix("%").split(" ", 1)[0]
+                entry = name if line.startswith("ENTRY ") else entry
+        elif line.startswith("}"):
+            if root is None:
+                raise ValueError(f"computation {name} has no ROOT")
+            computations[name] = Computation(name, instructions, root)
+            name, instructions, root = None, {}, None
+        elif line.strip():
+            instruction = _instruction(line.strip())
+            instructions[instruction.name] = instruction
+            root = instruction if line.lstrip().startswith("ROOT ") else root
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is not the text of a compiled HLO module")
+    return Module(computations, computations[entry], ":T(" in header)
+
+
+def _instruction(line: str) -> Instruction:
+    """`[ROOT ]%name = shape opcode(operands)[, attribute=value]*`"""
+    name, _, line = line.removeprefix("ROOT ").partition(" = ")
+    shape, end = _shape(line, 0)
+    opcode, _, _ = line[end:].strip().partition("(")
+    begin = line.index("(", end)
+    close = _closing(line, begin)
+    operands = line[begin + 1 : close]
+    if opcode == "constant":
+        names = (operands,)
+    else:
+        # A comment, or in some versions of XLA the shape, may stand in front of the name.
+        names = tuple(part.rpartition("%")[2] for part in _split(operands))
+    return Instruction(name.removeprefix("%"), opcode, shape, names, line[close + 1 :].lstrip(", "))
+
+
+def _shape(text: str, at: int) -> tuple[Shape, int]:
+    """The shape that stands at `at`, and where it ends.
+
+    bf16[8,64]{1,0:T(8,128)(2,1)S(1)} -> bf16, dims 8 64, order 1 0, tile 8 128, 16 bits, space 1
+    """
+    if text[at] == "(":
+        end = _closing(text, at)
+        parts = (re.sub(r"/\*.*?\*/", "", part) for part in _split(text[at + 1 : end]))
+        return tuple(_shape(part, 0)[0] for part in parts), end + 1
+    begin = text.index("[", at)
+    end = text.index("]", begin)
+    dtype = text[at:begin]
+    dims = tuple(int(d.removeprefix("<=")) for d in text[begin + 1 : end].split(",") if d)
+    layout, end = "", end + 1
+    if text[end : end + 1] == "{":
+        close = _closing(text, end)
+        layout, end = text[end + 1 : close], close + 1
+    order, _, more = layout.partition(":")
+    properties = dict(re.findall(r"(T|E|S)\(([\d,]+)\)", more))  # of the tiles only the first
+    array = Array(
+        dtype=dtype,
+        dims=dims,
+        order=tuple(int(d) for d in order.split(",") if d) or tuple(reversed(range(len(dims)))),
+        tile=tuple(int(d) for d in properties.get("T", "").split(",") if d),
+        bits=int(properties.get("E", _bits(dtype))),
+        space=int(properties.get("S", 0)),
+    )
+    return array, end
+
+
+def _bits(dtype: str) -> int:
+    """s8, bf16, f8e4m3fn; pred and, unless the layout packs them, s4 take a byte; token nothing."""
+    if dtype == "pred":
+        return 8
+    digits = re.match(r"[a-z]+?(\d+)", dtype)
+    return max(8, int(digits[1])) if digits else 0
+
+
+def _closing(text: str, at: int) -> int:
+    """Where the bracket at `at` is closed. Brackets in strings do not count."""
+    depth = 0
+    while True:
+        match = SPECIAL.search(text, at)
+        if match is None:
+            raise ValueError(f"a bracket is not closed: {text[:80]}")
+        at, char = match.end(), match[0]
+        if char == '"':
+            at = _string_end(text, at)
+        elif char != ",":
+            depth += 1 if char in "({[" else -1
+            if depth == 0:
+                return match.start()
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that stand in no bracket and no string."""
+    parts, depth, begin, at = [], 0, 0, 0
+    while match := SPECIAL.search(text, at):
+        at, char = match.end(), match[0]
+        if char == '"':
+            at = _string_end(text, at)
+        elif char != ",":
+            depth += 1 if char in "({[" else -1
+        elif depth == 0:
+            parts.append(text[begin : match.start()].strip())
+            begin = at
+    return [*parts, text[begin:].strip()] if text.strip() else []
+
+
+def _string_end(text: str, at: int) -> int:
+    while text[at] != '"':
+        at += 2 if text[at] == "\\" else 1
+    return at + 1
+
+
+def _leaves(shape: Shape) -> Iterator[Array]:
+    if isinstance(shape, Array):
+        yield shape
+    else:
+        for part in shape:
+            yield from _leaves(part)
+
+
+# What is counted
+
+
+@dataclass(frozen=True)
+class Work:
+    """Some number of instructions of a kind, together."""
+
+    count: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.count + other.count, self.bytes + other.bytes, self.flops + other.flops)
+
+    def times(self, n: int) -> "Work":
+        return Work(n * self.count, n * self.bytes, n * self.flops)
+
+
+@dataclass(frozen=True)
+class Temporary:
+    """A buffer in HBM that the program makes for itself."""
+
+    bytes: int
+    shape: str  # bf16[8,4096]
+    opcode: str
+    name: str
+    source: str  # the operation in the model that it comes from
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one execution costs a device. `collectives` and `unestimated` are by kind."""
+
+    hbm_bytes: int = 0
+    padded_hbm_bytes: int = 0
+    open_loop_bytes: int = 0  # of hbm_bytes, in loops of unknown length, counted once
+    flops: int = 0  # of matrix products
+    estimated_cycles: int = 0  # by the compiler, where it has an estimate
+    # Bytes of a collective: its operands or its results, whichever is larger.
+    collectives: Mapping[str, Work] = field(default_factory=dict)
+    unestimated: Mapping[str, Work] = field(default_factory=dict)  # work with no such estimate
+    overflowed: tuple[str, ...] = ()  # instructions whose estimate is no number of cycles
+    temporaries: tuple[Temporary, ...] = ()  # largest first
+
+    def __add__(self, other: "Cost") -> "Cost":
+        merged = {name: _merge(getattr(self, name), getattr(other, name)) for name in _FIELDS}
+        return Cost(**merged)
+
+    def times(self, n: int) -> "Cost":
+        """The cost of n executions; lists name what is in each."""
+
+        def scaled(value: Any) -> Any:
+            if isinstance(value, int):
+                return n * value
+            if isinstance(value, dict):
+                return {kind: work.times(n) for kind, work in value.items()}
+            return value
+
+        return Cost(**{name: scaled(getattr(self, name)) for name in _FIELDS})
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Cost))
+
+
+def _merge(a: Any, b: Any) -> Any:
+    if isinstance(a, dict):
+        return {kind: a.get(kind, Work()) + b.get(kind, Work()) for kind in {**a, **b}}
+    return a + b
+
+
+def analyze(text: str) -> Cost:
+    """Counts one execution of a compiled program, given `compiled.as_text()`."""
+    module = parse(text)
+    cost = _cost(module, module.entry)
+    outputs = _outputs(module.entry)
+    kept = (t for t in cost.temporaries if t.name not in outputs)
+    largest = sorted(kept, key=lambda t: (-t.bytes, t.name))
+    return dataclasses.replace(cost, temporaries=tuple(largest))
+
+
+def _cost(module: Module, computation: Computation) -> Cost:
+    total = Cost()
+    for instruction in computation.instructions.values():
+        total += _cost_of(module, computation, instruction)
+    return total
+
+
+def _cost_of(module: Module, computation: Computation, instruction: Instruction) -> Cost:
+    opcode = instruction.opcode
+    if opcode in FREE or opcode.endswith(("-done", "-update")):
+        return Cost()
+    if opcode in CONTROL and instruction.called:
+        costs = [_cost(module, module.computations[name]) for name in instruction.called]
+        if opcode == "conditional":
+            return max(costs, key=lambda cost: (cost.hbm_bytes, cost.flops))
+        cost = sum(costs, Cost())
+        if opcode != "while":
+            return cost
+        trips = _trips(module, computation, instruction)
+        if trips is None:
+            return dataclasses.replace(cost, open_loop_bytes=cost.hbm_bytes)
+        return cost.times(trips)
+    return _work(module, computation, instruction)
+
+
+def _work(module: Module, computation: Computation, instruction: Instruction) -> Cost:
+    """The cost of an instruction that computes or moves something."""
+    opcode = instruction.opcode
+    traffic = _traffic(module, computation, instruction, lambda array: array.size)
+    padded = _traffic(module, computation, instruction, lambda array: array.padded)
+    flops = _flops(module, computation, instruction)
+    cycles, unestimated, overflowed = _cycles(instruction), {}, ()
+    if cycles is None:
+        kind = instruction.target or opcode.removesuffix("-start")
+        unestimated = {kind: Work(1, traffic, flops)}
+    elif not 0 <= cycles <= MOST_CYCLES:
+        overflowed = (instruction.name,)
+    return Cost(
+        hbm_bytes=traffic,
+        padded_hbm_bytes=padded,
+        flops=flops,
+        estimated_cycles=0 if overflowed else cycles or 0,
+        collectives=_collectives(module, computation, instruction),
+        unestimated=unestimated,
+        overflowed=overflowed,
+        temporaries=_temporaries(module, computation, instruction),
+    )
+
+
+def _cycles(instruction: Instruction) -> int | None:
+    window = instruction.config.get("window_config") or {}
+    return int(window["estimated_cycles"]) if "estimated_cycles" in window else None
+
+
+# HBM traffic
+
+
+def _traffic(
+    module: Module, computation: Computation, instruction: Instruction, size: Measure
+) -> int:
+    if instruction.target == "AllocateBuffer":
+        return 0
+    estimate = _find(instruction.config, "cost_estimate")
+    if instruction.opcode == "custom-call" and estimate and "bytes_accessed" in estimate:
+        return int(estimate["bytes_accessed"])
+    total = 0
+    for name in dict.fromkeys(instruction.operands):
+        operand = computation.instructions.get(name)
+        if operand is None or _is_scalar_constant(operand):
+            continue
+        arrays = [array for array in _leaves(operand.shape) if module.in_hbm(array)]
+        uses = [i for i, other in enumerate(instruction.operands) if other == name]
+        read = sum(_reads(module, computation, instruction, i, size) for i in uses)
+        total += min(read, sum(map(size, arrays)))
+    results = _results(instruction)
+    written = _writes(module, computation, instruction, size)
+    aliased = _aliased_by_attribute(instruction)
+    for i, (array, count) in enumerate(zip(results, written, strict=True)):
+        if module.in_hbm(array) and i not in aliased:
+            total += min(count, size(array))
+    return total
+
+
+def _reads(
+    module: Module, computation: Computation, instruction: Instruction, i: int, size: Measure
+) -> int:
+    """Bytes that an instruction reads of its operand i."""
+    opcode, operands = instruction.opcode.removesuffix("-start"), instruction.operands
+    if opcode == "fusion":
+        body = module.computations[instruction.called[0]]
+        return _uses(module, body, body.parameters[i].name, size)
+    if i == 0 and opcode in SLICES:
+        return sum(map(size, _results(instruction)))
+    updated = 1 if opcode == "dynamic-update-slice" else (len(operands) - 1) // 2
+    if (
+        opcode in ("dynamic-update-slice", "scatter")
+        and i < updated
+        and _is_buffer(module, computation, operands[i])
+    ):
+        return 0
+    return sum(map(size, _leaves(computation.instructions[operands[i]].shape)))
+
+
+def _uses(module: Module, computation: Computation, name: str, size: Measure) -> int:
+    """Bytes that the users of a value inside a fusion read of it."""
+    value = computation.instructions[name].shape
+    if name == computation.root.name or not isinstance(value, Array):
+        return sum(map(size, _leaves(value)))
+    total = 0
+    for user, i in computation.users.get(name, []):
+        if user.opcode in PASSING and isinstance(user.shape, Array):
+            used = _uses(module, computation, user.name, size)
+            total += used * value.bits // user.shape.bits
+        else:
+            total += _reads(module, computation, user, i, size)
+    return total
+
+
+def _writes(
+    module: Module, computation: Computation, instruction: Instruction, size: Measure
+) -> list[int]:
+    """Bytes that an instruction writes, for each of its results."""
+    opcode, operands = instruction.opcode, instruction.operands
+    if opcode == "fusion":
+        body = module.computations[instruction.called[0]]
+        ends = body.root.operands if body.root.opcode == "tuple" else (body.root.name,)
+        return [n for end in ends for n in _written(module, body, end, size)]
+    if opcode == "dynamic-update-slice" and _is_buffer(module, computation, operands[0]):
+        return [sum(map(size, _leaves(computation.instructions[operands[1]].shape)))]
+    if opcode == "scatter":
+        n = (len(operands) - 1) // 2
+        pairs = zip(operands[:n], operands[n + 1 :], _results(instruction), strict=True)
+        return [
+            sum(map(size, _leaves(computation.instructions[update].shape)))
+            if _is_buffer(module, computation, buffer)
+            else size(result)
+            for buffer, update, result in pairs
+        ]
+    return [size(array) for array in _results(instruction)]
+
+
+def _written(module: Module, computation: Computation, name: str, size: Measure) -> list[int]:
+    """Bytes written where a fusion ends in `name`."""
+    instruction = computation.instructions[name]
+    while instruction.opcode == "bitcast":
+        instruction = computation.instructions[instruction.operands[0]]
+    if instruction.opcode == "parameter":  # a copy, or a bitcast that moves
+        return [size(array) for array in _leaves(computation.instructions[name].shape)]
+    return _writes(module, computation, instruction, size)
+
+
+def _is_buffer(module: Module, computation: Computation, name: str) -> bool:
+    """Whether a value lies in memory: outside of fusions any, in one what it has from outside."""
+    if computation.name not in module.fused:
+        return True
+    instruction = computation.instructions[name]
+    while instruction.opcode == "bitcast":
+        instruction = computation.instructions[instruction.operands[0]]
+    if instruction.opcode == "fusion":  # a nested one that only passes a parameter on
+        body = module.computations[instruction.called[0]]
+        return _is_buffer(module, body, body.root.name) and _is_buffer(
+            module, computation, instruction.operands[0]
+        )
+    return instruction.opcode == "parameter"
+
+
+def _results(instruction: Instruction) -> list[Array]:
+    """The arrays that an instruction makes.
+
+    An asynchronous one has a tuple: copy-start (result, operand, context), the others (operands,
+    results, contexts); all-reduce-start only its result.
+    """
+    shape = instruction.shape
+    if (
+        instruction.is_start
+        and isinstance(shape, tuple)
+        and instruction.opcode != "all-reduce-start"
+    ):
+        shape = shape[0] if instruction.opcode == "copy-start" else shape[1]
+    return list(_leaves(shape))
+
+
+def _is_scalar_constant(instruction: Instruction) -> bool:
+    shape = instruction.shape
+    return instruction.opcode == "constant" and isinstance(shape, Array) and not shape.dims
+
+
+def _aliased_by_attribute(instruction: Instruction) -> set[int]:
+    """Results of a custom call that are one of its operands, as `{0}: (1, {})` says."""
+    text = instruction.attributes.get("output_to_operand_aliasing", "")
+    return {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(", text)}
+
+
+def _find(config: Any, key: str) -> Any:
+    """The value of a key, at any depth."""
+    if not isinstance(config, dict):
+        return None
+    if key in config:
+        return config[key]
+    return next((found for v in config.values() if (found := _find(v, key)) is not None), None)
+
+
+# Temporaries
+
+
+def _temporaries(
+    module: Module, computation: Computation, instruction: Instruction
+) -> tuple[Temporary, ...]:
+    results = _results(instruction)
+    written = _writes(module, computation, instruction, lambda array: array.size)
+    aliased = _aliased_by_attribute(instruction)
+    for group in (instruction.config.get("aliasing_operands") or {}).get("lists", []):
+        aliased |= {int(i) - len(instruction.operands) for i in group["indices"]}
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes.get("metadata", ""))
+    return tuple(
+        Temporary(
+            bytes=array.size,
+            shape=f"{array.dtype}[{','.join(map(str, array.dims))}]",
+            opcode=instruction.opcode,
+            name=instruction.name,
+            source=source[1] if source else "",
+        )
+        for i, (array, n) in enumerate(zip(results, written, strict=True))
+        if module.in_hbm(array) and array.dims and i not in aliased and n >= array.size
+    )
+
+
+def _outputs(entry: Computation) -> set[str]:
+    """Names of the instructions that make what the program returns."""
+    todo, found = [entry.root], set()
+    while todo:
+        instruction = todo.pop()
+        if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+            todo += [entry.instructions[n] for n in instruction.operands if n in entry.instructions]
+        else:
+            found.add(instruction.name)
+    return found
+
+
+# Collectives
+
+
+def _collectives(
+    module: Module, computation: Computation, instruction: Instruction
+) -> dict[str, Work]:
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode == "fusion":
+        body = module.computations[instruction.called[0]]
+        kinds: dict[str, Work] = {}
+        for inner in body.instructions.values():
+            kinds = _merge(kinds, _collectives(module, body, inner))
+        # TPUs do a reduce-scatter as an all-reduce of which each chip keeps a slice.
+        if set(kinds) == {"all-reduce"} and _keeps_slice(body):
+            kinds = {"reduce-scatter": kinds["all-reduce"]}
+        return kinds
+    if opcode not in COLLECTIVES:
+        return {}
+    operands = [
+        array.size
+        for name in instruction.operands
+        for array in _leaves(computation.instructions[name].shape)
+    ]
+    results = [array.size for array in _results(instruction)]
+    return {opcode: Work(1, max(sum(operands), sum(results)))}
+
+
+def _keeps_slice(body: Computation) -> bool:
+    return any(
+        user.opcode == "dynamic-slice"
+        for i in body.instructions.values()
+        if i.opcode == "all-reduce"
+        for user, _ in body.users.get(i.name, [])
+    )
+
+
+# Floating-point operations
+
+
+def _flops(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Of matrix products, in fusions too: two for each multiplication."""
+    opcode = instruction.opcode
+    if opcode == "fusion":
+        body = module.computations[instruction.called[0]]
+        return sum(_flops(module, body, inner) for inner in body.instructions.values())
+    shapes = [
+        computation.instructions[name].shape
+        for name in instruction.operands
+        if name in computation.instructions
+    ]
+    if opcode == "dot":
+        contracted = _numbers(instruction.attributes.get("lhs_contracting_dims", "{}"))
+        return _dot_flops(instruction.shape, shapes[0], contracted)
+    if opcode == "convolution":
+        return _convolution_flops(instruction, shapes)
+    if opcode == "custom-call":
+        if estimate := _find(instruction.config, "cost_estimate"):
+            return int(estimate.get("flops", 0))
+        if numbers := _find(instruction.config, "dot_dimension_numbers"):  # cuBLAS
+            contracted = [int(i) for i in numbers.get("lhs_contracting_dimensions", [])]
+            return _dot_flops(instruction.shape, shapes[0], contracted)
+    return 0
+
+
+def _dot_flops(result: Shape, lhs: Shape, contracted: list[int]) -> int:
+    out = next(_leaves(result))  # a second result of cuBLAS is its workspace
+    dims = next(_leaves(lhs)).dims
+    return 2 * math.prod(out.dims) * math.prod(dims[i] for i in contracted)
+
+
+def _convolution_flops(instruction: Instruction, shapes: list[Shape]) -> int:
+    """TPUs turn every dot into a convolution.
+
+    Batch axes become spatial ones that are dilated and padded such that most positions of the
+    kernel fall beside the input; those are not computed and not counted.
+    """
+    lhs, kernel, out = (next(_leaves(shape)) for shape in (*shapes[:2], instruction.shape))
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attributes["dim_labels"])
+    if labels is None:
+        raise ValueError(f"dim_labels of {instruction.name}")
+    window = dict(
+        pair.split("=") for pair in instruction.attributes.get("window", "{}")[1:-1].split()
+    )
+    multiplications = out.dims[labels[3].index("b")] * out.dims[labels[3].index("f")]
+    multiplications *= kernel.dims[labels[2].index("i")]
+    for axis in range(len(labels[1]) - 2):
+        digit = str(axis)
+
+        def number(key: str, default: int, axis: int = axis) -> int:
+            return int(window[key].split("x")[axis]) if key in window else default
+
+        low = int(window["pad"].split("x")[axis].split("_")[0]) if "pad" in window else 0
+        multiplications *= _positions(
+            lhs.dims[labels[1].index(digit)],
+            kernel.dims[labels[2].index(digit)],
+            out.dims[labels[3].index(digit)],
+            stride=number("stride", 1),
+            low=low,
+            lhs_dilate=number("lhs_dilate", 1),
+            rhs_dilate=number("rhs_dilate", 1),
+        )
+    return 2 * multiplications
+
+
+@functools.lru_cache(maxsize=1024)
+def _positions(
+    size: int, kernel: int, out: int, *, stride: int, low: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """How many pairs of an output and a kernel position of one axis meet an input element."""
+    last = (size - 1) * lhs_dilate
+    return sum(
+        0 <= at <= last and at % lhs_dilate == 0
+        for o in range(out)
+        for at in range(o * stride - low, o * stride - low + kernel * rhs_dilate, rhs_dilate)
+    )
+
+
+def _numbers(braces: str) -> list[int]:
+    return [int(number) for number in braces.strip("{}").split(",") if number]
+
+
+# How often a loop runs
+
+
+def _trips(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often the body runs; None if that depends on data.
+
+    CPU and GPU programs state it. Otherwise the counters that start from constants are followed.
+    """
+    if known := loop.config.get("known_trip_count"):
+        return int(known["n"])
+    body, condition = (module.computations[name] for name in loop.called)
+    begin = computation.instructions[loop.operands[0]]
+    if begin.opcode != "tuple" or body.root.opcode != "tuple":
+        return None
+    state = tuple(_evaluate(module, computation, name, ()) for name in begin.operands)
+    for trips in range(MOST_TRIPS):
+        more = _evaluate(module, condition, condition.root.name, (state,))
+        if more is None:
+            return None
+        if not more:
+            return trips
+        # A value once unknown stays so, unless the body sets it to a constant: not followed.
+        state = tuple(
+            None if old is None else _evaluate(module, body, name, (state,))
+            for old, name in zip(state, body.root.operands, strict=True)
+        )
+    return None
+
+
+def _evaluate(module: Module, computation: Computation, name: str, arguments: tuple) -> Any:
+    """The value of a scalar integer that depends on constants alone; None for all others."""
+    instruction = computation.instructions[name]
+    opcode, operands = instruction.opcode, instruction.operands
+    if opcode == "constant":
+        return int(operands[0]) if re.fullmatch(r"-?\d+", operands[0]) else None
+    if opcode == "parameter":
+        i = int(operands[0])
+        return arguments[i] if i < len(arguments) else None
+    if opcode in ("copy", "bitcast"):
+        return _evaluate(module, computation, operands[0], arguments)
+    if opcode == "get-tuple-element":
+        values = _evaluate(module, computation, operands[0], arguments)
+        return values[int(instruction.attributes["index"])] if isinstance(values, tuple) else None
+    if opcode not in ("add", "subtract", "compare", "fusion"):
+        return None
+    values = tuple(_evaluate(module, computation, operand, arguments) for operand in operands)
+    if opcode == "fusion":
+        body = module.computations[instruction.called[0]]
+        return _evaluate(module, body, body.root.name, values)
+    if not all(isinstance(value, int) for value in values):
+        return None
+    a, b = values
+    if opcode == "compare":
+        order = {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}
+        return int(order[instruction.attributes["direction"]])
+    return a + b if opcode == "add" else a - b
