@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.errors import UserError
@@ -44,6 +45,39 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def use_present_hardware() -> None:
+    """Keeps JAX to the CPU on a Linux machine that has no accelerator.
+
+    Where libtpu or the CUDA plug-in is installed all the same, as the planner needs them, JAX
+    would try them and print pages of errors. With JAX_PLATFORMS, or any trace of an accelerator,
+    all is left to JAX, and its errors are shown.
+    """
+    if sys.platform != "linux" or "JAX_PLATFORMS" in os.environ or has_accelerator():
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:  # it has read the environment already
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def has_accelerator(root: Path = Path("/")) -> bool:
+    """Whether a GPU or TPU, its driver, or the environment of a TPU can be seen. Linux only."""
+    if any(name in os.environ for name in ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")):
+        return True
+    nodes = ("accel*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd")
+    if any(any((root / "dev").glob(node)) for node in nodes):
+        return True
+    return any(map(_is_accelerator, (root / "sys/bus/pci/devices").glob("*")))
+
+
+def _is_accelerator(pci: Path) -> bool:
+    """Of NVIDIA or Google, but no disk (class 1) or network card (class 2), as clouds have."""
+    try:
+        vendor, kind = ((pci / name).read_text().strip() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return vendor in ("0x10de", "0x1ae0") and kind[:4] not in ("0x01", "0x02")
+
+
 def run(main: Callable[[list[str]], None], prog: str) -> NoReturn:
     """Calls `main(arguments)` and exits: 0 when it returns, 2 on a user's mistake.
 
@@ -52,6 +86,7 @@ def run(main: Callable[[list[str]], None], prog: str) -> NoReturn:
     """
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+    use_present_hardware()
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
