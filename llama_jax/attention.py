@@ -1,15 +1,31 @@
-"""Causal grouped-query attention over a cache and the positions being added to it."""
+"""Causal grouped-query attention over a cache and the positions being added to it.
+
+`attend` is the one entry. It has a plain form for every platform, and fused kernels
+(`llama_jax.kernels`) that take its place on TPU and GPU for bfloat16 and for shapes that they are
+made for. The platform a program is lowered for decides; there is no setting.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llama_jax import kernels
 from llama_jax.cache import Entries
+from llama_jax.sharding import spec
 
 MASKED = -1e30  # its weight is exactly 0, as every query sees at least itself
+BLOCK = 512  # cached positions that the plain form reads at once for more than one query
+DECODE_ROOM = 1024  # least S for which a decode step on TPU or GPU takes a kernel
+
+Arrays = tuple[jax.Array, jax.Array]  # keys and values that are not quantized
+Kernel = Callable[..., jax.Array]  # (q_BTKGH, new, cached, length_B) -> out_BKGTH
 
 
 def attend(
-    q_BTNH: jax.Array, new: Entries, cached: Entries | None, length_B: jax.Array
+    q_BTNH: jax.Array, new: Arrays, cached: Entries | None, length_B: jax.Array
 ) -> jax.Array:
     """Each query sees the cached positions of its row and the new ones up to its own.
 
@@ -23,37 +39,211 @@ def attend(
     Args:
       q_BTNH: queries, turned by RoPE.
       new: keys (turned by RoPE) and values of the same T positions, [B, K, T, H].
-      cached: those of earlier positions, [B, K, S, H]; None where there are none.
+      cached: those of earlier positions, [B, K, S, H], as arrays or as int8 with scales; None
+        where there are none. Not differentiable where S and T are large.
       length_B: how many of the S slots of each row are filled.
 
     Returns [B, T, N*H] in the dtype of the queries. Softmax is float32, as in Meta's reference.
     """
     B, T, N, H = q_BTNH.shape
-    k_BKTH, v_BKTH = new
-    K = k_BKTH.shape[1]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-
-    def scores(k_BKSH):
-        products = jnp.einsum(
-            "BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-        )
-        return products * H**-0.5
-
-    # Results have the batch axes first, as the products compute them: any other order makes XLA
-    # transpose the whole cache instead of the small result.
-    def mix(weights_BKGTS, v_BKSH):
-        return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
-
-    causal_TT = jnp.tril(jnp.ones((T, T), bool))
-    scores_BKGTS = jnp.where(causal_TT[None, None, None], scores(k_BKTH), MASKED)
-    if cached is None:
-        out_BKGTH = mix(jax.nn.softmax(scores_BKGTS).astype(q_BTNH.dtype), v_BKTH)
+    K = new[0].shape[1]
+    operands = q_BTNH.reshape(B, T, K, N // K, H), new, cached, length_B
+    large = T > 1 and cached is not None and _slots(cached) > BLOCK
+    plain: Kernel = _blockwise if large else _whole
+    fused = _fused(operands[0], cached)
+    if fused:
+        out_BKGTH = jax.lax.platform_dependent(*operands, **fused, default=plain)
     else:
-        k_BKSH, v_BKSH = cached
-        S = k_BKSH.shape[2]
-        filled_BS = jnp.arange(S)[None] < length_B[:, None]
-        past_BKGTS = jnp.where(filled_BS[:, None, None, None], scores(k_BKSH), MASKED)
-        weights = jax.nn.softmax(jnp.concatenate([past_BKGTS, scores_BKGTS], axis=-1))
-        weights = weights.astype(q_BTNH.dtype)
-        out_BKGTH = mix(weights[..., :S], v_BKSH) + mix(weights[..., S:], v_BKTH)
+        out_BKGTH = plain(*operands)
     return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N * H)
+
+
+def _slots(cached: Entries) -> int:
+    return cached[0].shape[2]
+
+
+# --- plain ---
+
+
+def scores(q_BTKGH: jax.Array, k_BKSH: Any) -> jax.Array:
+    """float32 [B, K, G, T, S]. Scales of int8 keys are applied after the product."""
+    quantized = not isinstance(k_BKSH, jax.Array)
+    keys = k_BKSH.values.astype(q_BTKGH.dtype) if quantized else k_BKSH
+    products = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32)
+    if quantized:
+        products *= k_BKSH.scale[:, :, None, None].astype(jnp.float32)
+    return products * q_BTKGH.shape[-1] ** -0.5
+
+
+def mix(
+    weights_BKGTS: jax.Array,
+    v_BKSH: Any,
+    dtype: jax.typing.DTypeLike,
+    result: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """[B, K, G, T, H] in `result`, which defaults to `dtype`, that of the product.
+
+    Scales of int8 values are applied to the weights before the product.
+
+    The result has the batch axes first, as the product computes it: any other order makes XLA
+    transpose the whole cache instead of the small result.
+    """
+    if not isinstance(v_BKSH, jax.Array):
+        weights_BKGTS = weights_BKGTS * v_BKSH.scale[:, :, None, None].astype(jnp.float32)
+        v_BKSH = v_BKSH.values.astype(dtype)
+    return jnp.einsum(
+        "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(dtype), v_BKSH, preferred_element_type=result
+    )
+
+
+def _new_scores(q_BTKGH: jax.Array, k_BKTH: jax.Array) -> jax.Array:
+    T = q_BTKGH.shape[1]
+    causal_TT = jnp.tril(jnp.ones((T, T), bool))
+    return jnp.where(causal_TT[None, None, None], scores(q_BTKGH, k_BKTH), MASKED)
+
+
+def _whole(
+    q_BTKGH: jax.Array, new: Arrays, cached: Entries | None, length_B: jax.Array
+) -> jax.Array:
+    """All scores of a query at once, over all the room of the cache."""
+    dtype = q_BTKGH.dtype
+    k_BKTH, v_BKTH = new
+    scores_BKGTS = _new_scores(q_BTKGH, k_BKTH)
+    if cached is None:
+        return mix(jax.nn.softmax(scores_BKGTS), v_BKTH, dtype)
+    k_BKSH, v_BKSH = cached
+    S = k_BKSH.shape[2]
+    filled_BS = jnp.arange(S)[None] < length_B[:, None]
+    past_BKGTS = jnp.where(filled_BS[:, None, None, None], scores(q_BTKGH, k_BKSH), MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([past_BKGTS, scores_BKGTS], axis=-1))
+    return mix(weights[..., :S], v_BKSH, dtype) + mix(weights[..., S:], v_BKTH, dtype)
+
+
+def _blockwise(q_BTKGH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Array) -> jax.Array:
+    """The same, a block of the cache at a time, up to the longest row (arXiv 2205.14135).
+
+    Scores take [T, BLOCK] for each head, and time follows what is filled.
+    """
+    dtype = q_BTKGH.dtype
+    k_BKTH, v_BKTH = new
+    S = _slots(cached)
+
+    def weigh(scores_BKGTS: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = jnp.exp(scores_BKGTS - largest[..., None])
+        return weights, weights.sum(-1)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, total, largest = carry
+        begin = jnp.minimum(i * BLOCK, S - BLOCK)  # the last block may begin within another
+        k_block, v_block = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, begin, BLOCK, axis=2), cached
+        )
+        slots_1S = begin + jnp.arange(BLOCK)[None]
+        valid_BS = (slots_1S >= i * BLOCK) & (slots_1S < length_B[:, None])
+        block_scores = jnp.where(valid_BS[:, None, None, None], scores(q_BTKGH, k_block), MASKED)
+        now_largest = jnp.maximum(largest, block_scores.max(-1))
+        weights, block_total = weigh(block_scores, now_largest)
+        shrink = jnp.exp(largest - now_largest)
+        out = out * shrink[..., None] + mix(weights, v_block, dtype, jnp.float32)
+        return out, total * shrink + block_total, now_largest
+
+    scores_BKGTT = _new_scores(q_BTKGH, k_BKTH)
+    largest = scores_BKGTT.max(-1)
+    weights, total = weigh(scores_BKGTT, largest)
+    out = mix(weights, v_BKTH, dtype, jnp.float32)
+    blocks = (jnp.max(length_B) + BLOCK - 1) // BLOCK
+    out, total, _ = jax.lax.fori_loop(0, blocks, step, (out, total, largest))
+    return (out / total[..., None]).astype(dtype)
+
+
+# --- fused ---
+
+
+def _fused(q_BTKGH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
+    """The kernels that take these shapes, by platform; none where the plain form is as good.
+
+    None takes an int8 cache: they know no scales, and a dequantized copy costs more than they save.
+    """
+    _, T, _, _, H = q_BTKGH.shape
+    dtype = q_BTKGH.dtype
+    chosen: dict[str, Kernel] = {}
+    if dtype not in (jnp.bfloat16, jnp.float16) or H % 64:
+        return chosen
+    if cached is None:
+        if T >= kernels.SMALLEST:
+            chosen["tpu"] = _splash_causal
+            if kernels.cudnn_is_there():
+                chosen["cuda"] = _cudnn_causal
+    elif (T > 1 or _slots(cached) >= DECODE_ROOM) and isinstance(cached[0], jax.Array):
+        if kernels.splash_past_fits(q_BTKGH, cached[0]):
+            chosen["tpu"] = _splash
+        if kernels.triton_past_fits(cached[0]):
+            chosen["cuda"] = _triton
+    if dtype == jnp.float16:  # which TPUs do not multiply
+        chosen.pop("tpu", None)
+    return {platform: functools.partial(_on_shards, kernel) for platform, kernel in chosen.items()}
+
+
+def _on_shards(
+    kernel: Kernel,
+    q_BTKGH: jax.Array,
+    new: Arrays,
+    cached: Entries | None,
+    length_B: jax.Array,
+) -> jax.Array:
+    """`kernel` on what each device of the mesh in use holds: XLA cannot split a kernel itself.
+
+    As in `llama_jax.sharding`, the queries of a cache are where its rows are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q_BTKGH, new, cached, length_B)
+    rows = "batch" if cached is None else "cache_batch"
+    heads = rows, "kv_heads", None, None
+
+    def specs(tree: Any, *axes: str | None) -> Any:
+        return jax.tree.map(lambda x: spec(x.shape, axes, mesh), tree)
+
+    B, T, K, G, H = q_BTKGH.shape
+    return jax.shard_map(
+        kernel,
+        in_specs=(
+            specs(q_BTKGH, rows, None, "kv_heads", "group", None),
+            specs(new, *heads),
+            specs(cached, *heads),
+            specs(length_B, rows),
+        ),
+        out_specs=spec((B, K, G, T, H), (rows, "kv_heads", "group", None, None), mesh),
+        check_vma=False,  # Pallas does not say over which axes its results vary
+    )(q_BTKGH, new, cached, length_B)
+
+
+def _splash_causal(q_BTKGH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
+    return kernels.splash_causal(q_BTKGH, *new)
+
+
+def _splash(q_BTKGH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
+    fits = q_BTKGH.shape[1] >= kernels.SMALLEST
+    causal = functools.partial(kernels.splash_causal, residuals=True) if fits else _causal_part
+    past = kernels.splash_past(q_BTKGH, *cached, length_B)
+    return kernels.merge(past, causal(q_BTKGH, *new)).astype(q_BTKGH.dtype)
+
+
+def _cudnn_causal(q_BTKGH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
+    return kernels.cudnn_causal(q_BTKGH, *new)
+
+
+def _triton(q_BTKGH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
+    fits = q_BTKGH.shape[1] % kernels.SMALLEST == 0
+    causal = kernels.triton_causal if fits else _causal_part
+    past = kernels.triton_past(q_BTKGH, *cached, length_B)
+    return kernels.merge(past, causal(q_BTKGH, *new)).astype(q_BTKGH.dtype)
+
+
+def _causal_part(q_BTKGH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array) -> kernels.Part:
+    """For few queries, where all their scores are small."""
+    scores_BKGTT = _new_scores(q_BTKGH, k_BKTH)
+    weights = jax.nn.softmax(scores_BKGTT)
+    return kernels.Part(
+        mix(weights, v_BKTH, q_BTKGH.dtype), jax.nn.logsumexp(scores_BKGTT, axis=-1)
+    )

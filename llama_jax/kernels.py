@@ -1,0 +1,277 @@
+"""The fused attention kernels that JAX maintains for TPU and GPU, on the shapes of this project.
+
+Each works on what one device holds, never has a matrix of scores in memory, and skips blocks that
+nobody sees. Where the queries see both cached and new positions, the two parts are computed apart
+and merged by the logarithms of their softmax sums. Nothing here knows a mesh or chooses a platform.
+
+  TPU  splash attention for both parts (Pallas)
+  GPU  cuDNN where there is no cache; Pallas kernels in Triton for the two parts where there is one,
+       because cuDNN by way of `jax.nn` rounds the logarithms to bfloat16, and wants another layout
+
+Axes: B batch, T new positions, S cached ones, K KV heads, G query heads that share one, N = K*G,
+H head dimension. `interpret` runs a Pallas kernel as plain JAX, for tests.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu import attention as triton_attention
+from jax.experimental.pallas.ops.gpu import decode_attention as triton_decode
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_mask,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+SMALLEST = 128  # fewest queries or keys that are worth a kernel: a row of a TPU's registers
+CAUSAL_BLOCK = 512  # by the compiler's schedules (docs/LOG.md)
+PAST_BLOCK = 1024
+MOST_BLOCKS = 1 << 16  # (head, query block, key block) triples whose table fits a TPU's SMEM
+
+
+class Part(NamedTuple):
+    """Attention over some of the positions that the queries see."""
+
+    out: jax.Array  # [B, K, G, T, H]; anything where there are no such positions
+    lse: jax.Array  # float32 [B, K, G, T], log of the sum of exp(scores); -inf then
+
+
+def merge(a: Part, b: Part) -> jax.Array:
+    """Attention over the positions of both, float32 [B, K, G, T, H]. At least one sees some."""
+    lse = jnp.logaddexp(a.lse, b.lse)
+
+    def weighted(part: Part) -> jax.Array:
+        weight = jnp.exp(part.lse - lse)[..., None]
+        return jnp.where(weight > 0, weight * part.out.astype(jnp.float32), 0)
+
+    return weighted(a) + weighted(b)
+
+
+# --- TPU ---
+
+
+@functools.partial(jax.jit, static_argnames=("residuals", "interpret"))
+def splash_causal(
+    q_BTKGH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    *,
+    residuals: bool = False,
+    interpret: bool = False,
+) -> Any:
+    """Each query on the keys up to its own: [B, K, G, T, H], or a `Part` with `residuals`.
+
+    T is padded to whole blocks: padded keys come after every query. Differentiable without
+    `residuals`. `jit` so that the layers of a model share one trace.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    block = min(CAUSAL_BLOCK, 1 << (T - 1).bit_length())
+    padding = -T % block
+    heads = B * K * G
+
+    def padded(x_BKTH: jax.Array, n: int) -> jax.Array:
+        x = x_BKTH.reshape(n, T, H)
+        return jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x
+
+    mask = splash_mask.CausalMask((T + padding, T + padding))
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        save_residuals=residuals,
+        interpret=interpret,
+    )
+    q = padded(jnp.moveaxis(q_BTKGH * H**-0.5, 1, 3), heads)
+    result: Any = kernel(q, padded(k_BKTH, B * K), padded(v_BKTH, B * K))
+
+    def unpadded(x: jax.Array) -> jax.Array:
+        return x[:, :T].reshape(B, K, G, T, *x.shape[2:])
+
+    if not residuals:
+        return unpadded(result)
+    out, (lse,) = result
+    return Part(unpadded(out), unpadded(lse))
+
+
+def splash_past_fits(q_BTKGH: jax.Array, k_BKSH: jax.Array) -> bool:
+    """Whether `splash_past` takes these shapes."""
+    B, T, K, G, _ = q_BTKGH.shape
+    S = k_BKSH.shape[2]
+    if S % SMALLEST:
+        return False
+    rows = _row_block(G * T)
+    return G * T % rows == 0 and B * K * (G * T // rows) * (S // _past_block(S)) <= MOST_BLOCKS
+
+
+def _row_block(rows: int) -> int:
+    return min(rows, CAUSAL_BLOCK)
+
+
+def _past_block(S: int) -> int:
+    return next(n for n in (PAST_BLOCK, 512, 256, SMALLEST) if S % n == 0)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def splash_past(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    length_B: jax.Array,
+    *,
+    interpret: bool = False,
+) -> Part:
+    """All queries on the first `length_B` keys of their row; blocks beyond are not read.
+
+    All queries of a KV head see the same keys, so its G*T queries are the kernel's sequence and
+    the KV heads of all rows its heads. The mask is a table made here: for each block of keys 0
+    skip, 1 apply the mask of the row, 2 see all; and which block to fetch, the last one again
+    where it is skipped.
+
+      length 3, S 8, blocks of 2: see 2 1 0 0, fetch 0 1 1 1, mask 1 0
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    S, R = k_BKSH.shape[2], G * T
+    size_q, size = _row_block(R), _past_block(S)
+    blocks = jnp.arange(S // size)[None]
+    length_B1 = length_B[:, None]
+    see = jnp.where((blocks + 1) * size <= length_B1, 2, blocks * size < length_B1)
+    fetch = jnp.minimum(blocks, jnp.maximum(length_B1 - 1, 0) // size)
+    mask = jnp.broadcast_to(jnp.arange(B)[:, None], see.shape)
+
+    def table(x: jax.Array) -> jax.Array:
+        shape = B, K, R // size_q, S // size
+        small = jnp.int8 if max(B, S // size) < 128 else jnp.int32  # SMEM is scarce
+        return jnp.broadcast_to(x[:, None, None], shape).reshape(B * K, *shape[2:]).astype(small)
+
+    inside = jnp.arange(size)[None] < length_B1 % size
+    info = MaskInfo(
+        data_next=table(fetch),
+        mask_next=table(mask),
+        block_mask=table(see),
+        partial_mask_blocks=jnp.broadcast_to(inside[:, None], (B, size_q, size)),
+        q_sequence=None,
+    )
+    kernel = splash.SplashAttentionKernel(
+        info,
+        None,
+        None,
+        block_sizes=splash.BlockSizes(size_q, size, min(size, CAUSAL_BLOCK if T > 1 else size)),
+        is_mqa=False,
+        save_residuals=True,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=None,
+        interpret=interpret,
+    )
+    q = jnp.moveaxis(q_BTKGH * H**-0.5, 1, 3).reshape(B * K, R, H)
+    result: Any = kernel(q, k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H))
+    out, (lse,) = result
+    return Part(out.reshape(B, K, G, T, H), lse.reshape(B, K, G, T))
+
+
+# --- GPU ---
+
+
+@functools.cache
+def cudnn_is_there() -> bool:
+    """Whether cuDNN's attention can be traced: jax asks for the library then, on any platform."""
+    x = jax.ShapeDtypeStruct((1, SMALLEST, 1, 64), jnp.bfloat16)
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.eval_shape(attention, x, x, x)
+    except RuntimeError:
+        return False
+    return True
+
+
+def cudnn_causal(q_BTKGH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array) -> jax.Array:
+    """Each query on the keys up to its own, [B, K, G, T, H]; bfloat16 or float16 only."""
+    B, T, K, G, H = q_BTKGH.shape
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTKGH.reshape(B, T, K * G, H),
+        jnp.swapaxes(k_BKTH, 1, 2),
+        jnp.swapaxes(v_BKTH, 1, 2),
+        is_causal=True,
+        implementation="cudnn",
+    )
+    return jnp.moveaxis(out_BTNH.reshape(B, T, K, G, H), 1, 3)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def triton_causal(
+    q_BTKGH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, *, interpret: bool = False
+) -> Part:
+    """Each query on the keys up to its own. T is a multiple of 128. Keys are copied G times."""
+    B, T, K, G, H = q_BTKGH.shape
+
+    def repeated(x_BKTH: jax.Array) -> jax.Array:
+        return jnp.repeat(jnp.swapaxes(x_BKTH, 1, 2), G, axis=2)
+
+    result: Any = triton_attention.mha(
+        q_BTKGH.reshape(B, T, K * G, H),
+        repeated(k_BKTH),
+        repeated(v_BKTH),
+        None,
+        sm_scale=H**-0.5,
+        causal=True,
+        interpret=interpret,
+        return_residuals=True,
+    )
+    out_BTNH, lse_BNT = result
+    out = jnp.moveaxis(out_BTNH.reshape(B, T, K, G, H), 1, 3)
+    return Part(out, lse_BNT.reshape(B, K, G, T) * jnp.log(2.0))  # the kernel's is of base 2
+
+
+TRITON_SPLITS = 16  # parts of the keys that a decode step reads at once
+
+
+def triton_past_fits(k_BKSH: jax.Array) -> bool:
+    """Whether `triton_past` takes these shapes."""
+    return k_BKSH.shape[2] % (16 * TRITON_SPLITS) == 0
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def triton_past(
+    q_BTKGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    length_B: jax.Array,
+    *,
+    interpret: bool = False,
+) -> Part:
+    """All queries on the first `length_B` keys of their row; blocks beyond are not read.
+
+    The kernel is one of decoding for a single KV head. Its query heads are the G*T queries here,
+    its batch the KV heads of all rows. Few queries leave most of a GPU idle: then the keys are
+    read in 16 parts.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    S, R = k_BKSH.shape[2], G * T
+    splits = TRITON_SPLITS if R <= 64 else 1
+    result: Any = triton_decode.mqa(
+        jnp.moveaxis(q_BTKGH, 1, 3).reshape(B * K, R, H),
+        k_BKSH.reshape(B * K, S, H),
+        v_BKSH.reshape(B * K, S, H),
+        kv_seq_len=jnp.repeat(length_B, K),
+        block_h=16 if R <= 64 else 64,
+        block_k=min(64, S // splits),
+        k_splits=splits,
+        interpret=interpret,
+        return_residuals=True,
+    )
+    out, (sums, largest) = result
+    lse = largest + jnp.log(sums)
+    return Part(out.reshape(B, K, G, T, H), lse.reshape(B, K, G, T))
