@@ -57,6 +57,7 @@ MOST_TRIPS = 1 << 16  # a longer loop counts as unknown
 # No single instruction takes minutes; the compiler prints such numbers where its estimate overflowed.
 MOST_CYCLES = 1 << 40
 
+START = re.compile(r"\s+(ROOT )?%?[\w.-]+ = ")  # of an instruction
 SPECIAL = re.compile(r'["(){}\[\],]')
 
 
@@ -189,26 +190,34 @@ def parse(text: str) -> Module:
     Raises ValueError where it is not one.
     """
     computations: dict[str, Computation] = {}
-    header, entry, name, instructions, root = "", None, None, {}, None
+    header, entry, name = "", None, None
+    lines: list[str] = []
     for line in text.splitlines():
-        if line.startswith("HloModule"):
-            header = line
-        elif name is None:
-            if line.endswith("{") and line.startswith(("%", "ENTRY ")):
+        if name is None:
+            if line.startswith("HloModule"):
+                header = line
+            elif line.endswith("{") and line.startswith(("%", "ENTRY ")):
                 name = line.removeprefix("ENTRY ").removeprefix("%").split(" ", 1)[0]
                 entry = name if line.startswith("ENTRY ") else entry
-        elif line.startswith("}"):
-            if root is None:
-                raise ValueError(f"computation {name} has no ROOT")
-            computations[name] = Computation(name, instructions, root)
-            name, instructions, root = None, {}, None
-        elif line.strip():
-            instruction = _instruction(line.strip())
-            instructions[instruction.name] = instruction
-            root = instruction if line.lstrip().startswith("ROOT ") else root
+                lines = []
+        elif line == "}" or line.startswith("}, execution_thread"):
+            computations[name] = _computation(name, lines)
+            name = None
+        elif START.match(line):
+            lines.append(line.strip())
+        elif lines:  # attributes of kernels may hold line breaks
+            lines[-1] += line
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of a compiled HLO module")
     return Module(computations, computations[entry], ":T(" in header)
+
+
+def _computation(name: str, lines: list[str]) -> Computation:
+    instructions = [_instruction(line) for line in lines]
+    roots = [i for i, line in zip(instructions, lines, strict=True) if line.startswith("ROOT ")]
+    if not roots:
+        raise ValueError(f"computation {name} has no ROOT")
+    return Computation(name, {i.name: i for i in instructions}, roots[0])
 
 
 def _instruction(line: str) -> Instruction:

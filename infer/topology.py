@@ -8,7 +8,8 @@ which comes with libtpu (TPU) and with JAX's CUDA plug-in (GPU); neither needs i
 
 Figures are those of the makers for dense products: cloud.google.com/tpu/docs and NVIDIA's data
 sheets of H100 SXM and A100 SXM. Memory is what a program may use: of TPUs what their compiler
-allows, of GPUs what the driver reports. The clock is the one that `estimated_cycles` count, which
+allows, of GPUs 95% of what the driver reports, if XLA_PYTHON_CLIENT_MEM_FRACTION=.95 says so; left
+alone JAX takes 75%. The clock is the one that `estimated_cycles` count, which
 is the peak divided by the operations of all matrix units in a cycle.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 from llama_jax.errors import UserError
 
 GIB = 2**30
+GPU_FRACTION = 0.95
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ CHIPS = {
         Chip("v5e", int(15.75 * GIB), 819e9, 197e12, 393e12, 1.5e9),
         Chip("v5p", int(95.74 * GIB), 2.765e12, 459e12, 918e12, 1.75e9, cores=2),
         Chip("v6e", int(31.25 * GIB), 1.638e12, 918e12, 1836e12, 1.75e9),
-        Chip("a100-40g", 42_298_834_944, 1.555e12, 312e12, 624e12, None),
-        Chip("a100", 85_100_068_864, 2.039e12, 312e12, 624e12, None),
-        Chip("h100", 84_942_979_072, 3.352e12, 989e12, 1979e12, None),
+        Chip("a100-40g", int(GPU_FRACTION * 42_298_834_944), 1.555e12, 312e12, 624e12, None),
+        Chip("a100", int(GPU_FRACTION * 85_100_068_864), 2.039e12, 312e12, 624e12, None),
+        Chip("h100", int(GPU_FRACTION * 84_942_979_072), 3.352e12, 989e12, 1979e12, None),
     )
 }
 
@@ -167,7 +169,7 @@ def _gpu(chip: Chip) -> str:
     """A GPU as its compiler wants it described: text of a GpuTargetConfigProto."""
     hopper = chip.name == "h100"
     info = {
-        "device_memory_size": chip.memory,
+        "device_memory_size": round(chip.memory / GPU_FRACTION),
         "memory_bandwidth": int(chip.bandwidth),
         "core_count": 132 if hopper else 108,
         "clock_rate_ghz": 1.98 if hopper else 1.41,

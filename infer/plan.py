@@ -1,0 +1,493 @@
+"""python -m infer.plan: does a model fit on some chips, and how fast can it at best be there.
+
+The real prefill and decode programs are compiled for the chips by their own compiler, without the
+chips and without weights, and counted (`infer.hlo`). Byte figures are those of one device. Two
+limits are told: what the memory allows for the bytes that the program moves, and the least that
+any program would have to move. What a step takes beyond the first, collectives among it, is not
+predicted.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from infer import hlo, topology
+from infer.generate import Shapes, lower_programs, request_shapes
+from infer.topology import CHIPS, SLICES, Slice
+from llama_jax import cache as kv
+from llama_jax import checkpoint, sharding
+from llama_jax.command import ArgumentParser, run
+from llama_jax.config import LlamaConfig, get_preset
+from llama_jax.errors import UserError
+from llama_jax.quant import KINDS, Quantization
+
+PROG = "infer.plan"
+PROMPT = 512  # tokens, where nothing is said
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned: everything that decides about the programs."""
+
+    model: str
+    config: LlamaConfig
+    chips: Slice
+    mesh: str
+    quantize: str
+    dtype: str
+    int8_cache: bool
+    batch: int
+    context: int
+    prompt_tokens: int
+
+    @property
+    def shapes(self) -> Shapes:
+        """The buckets in which generation puts such prompts."""
+        prompts = [[0] * self.prompt_tokens] * self.batch
+        shapes = request_shapes(self.config, prompts, self.context - self.prompt_tokens)
+        return shapes._replace(int8_cache=self.int8_cache)
+
+    def asked(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "chips": self.chips.name,
+            "mesh": self.mesh,
+            "quantize": self.quantize,
+            "dtype": self.dtype,
+            "kv_cache": "int8" if self.int8_cache else self.dtype,
+            "batch": self.batch,
+            "context": self.context,
+            "prompt_tokens": self.prompt_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What lies in memory between two steps: abstract, with the shardings of the chips' devices."""
+
+    params: Any
+    cache: Any
+
+    @functools.cached_property
+    def weights_bytes(self) -> int:
+        return _device_bytes(self.params)
+
+    @functools.cached_property
+    def cache_bytes(self) -> int:
+        return _device_bytes(self.cache)
+
+    def least_bytes(self, config: LlamaConfig, rows: int, positions: int, read: bool) -> int:
+        """The least that a device moves to and from memory for `positions` new ones in each row.
+
+        Every weight is read once, of an embedding that is not the head as well only the rows of
+        the tokens. New entries are written to the cache; if `read`, all of it is read first.
+        """
+        weights = self.weights_bytes
+        if not config.tie_embeddings:
+            table = _device_bytes(self.params["embed"])
+            weights -= table - min(table, math.ceil(table * rows * positions / config.vocab_size))
+        capacity = jax.tree.leaves(self.cache)[0].shape[2]
+        written = math.ceil(self.cache_bytes * positions / capacity)
+        return weights + written + (self.cache_bytes if read else 0)
+
+
+def make_arrays(request: Request) -> Arrays:
+    """Raises `UserError` for a mesh that does not match the chips, the model or the batch."""
+    config, shapes = request.config, request.shapes
+    mesh = sharding.make_mesh(request.mesh, config, topology.devices(request.chips))
+    if mesh.size != request.chips.count:
+        raise UserError(
+            f"--mesh {request.mesh} takes {mesh.size} chips, but {request.chips.name} has "
+            f"{request.chips.count}; the sizes multiplied must give the number of chips"
+        )
+    if request.batch % mesh.shape["data"]:
+        raise UserError(
+            f"--batch {request.batch} cannot be split over data={mesh.shape['data']} evenly; "
+            "give a multiple of it"
+        )
+    quantization = None if request.quantize == "none" else Quantization(request.quantize)
+    params = checkpoint.abstract(config, quantization, jnp.dtype(request.dtype))
+    params = jax.tree.map(_placed, params, sharding.shardings(params, mesh))
+    layers = jax.eval_shape(
+        lambda: kv.init_cache(
+            config, shapes.batch, shapes.room, jnp.dtype(request.dtype), int8=request.int8_cache
+        )
+    ).layers
+    places = jax.tree.map(lambda x: sharding.named(x.shape, kv.logical_axes(x), mesh), layers)
+    return Arrays(params, jax.tree.map(_placed, layers, places))
+
+
+def _placed(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+
+def _device_bytes(tree: Any) -> int:
+    """Bytes of the part of each array that one device holds."""
+
+    def size(x: Any) -> int:
+        bits = 4 if x.dtype in (jnp.int4, jnp.uint4) else 8 * x.dtype.itemsize
+        return math.ceil(math.prod(x.sharding.shard_shape(x.shape)) * bits / 8)
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def default_mesh(config: LlamaConfig, chips: Slice, batch: int) -> str:
+    """All chips for every row, or as many as the heads allow and the rows split over the rest."""
+    sizes = [n for n in sharding.tensor_sizes(config) if chips.count % n == 0]
+    fitting = [n for n in sizes if batch % (chips.count // n) == 0]
+    if not fitting:
+        raise UserError(
+            f"{chips.name} has {chips.count} chips, but this model splits over at most {max(sizes)}"
+            f" of them, and a batch of {batch} not over the rest; take fewer chips or a larger "
+            "--batch"
+        )
+    tensor = max(fitting)
+    return f"data={chips.count // tensor},tensor={tensor}"
+
+
+# Compiling and counting
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program: what it costs to run, and what it takes in memory."""
+
+    cost: hlo.Cost
+    argument_bytes: int
+    temp_bytes: int
+    total_bytes: int  # arguments, results that are not among them, temporaries, code
+    compile_s: float
+
+    def then(self, other: "Compiled", times: int) -> "Compiled":
+        """This one, and the other so many times behind it."""
+        return Compiled(
+            cost=self.cost + other.cost.times(times),
+            argument_bytes=max(self.argument_bytes, other.argument_bytes),
+            temp_bytes=max(self.temp_bytes, other.temp_bytes),
+            total_bytes=max(self.total_bytes, other.total_bytes),
+            compile_s=self.compile_s + other.compile_s,
+        )
+
+
+def compile_all(request: Request, arrays: Arrays) -> dict[str, Compiled] | str:
+    """`prefill` of the whole prompt and one step of `decode`, or why there is no room for them."""
+    with topology.quiet():
+        lowered = lower_programs(request.config, arrays.params, request.shapes)
+        with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
+            try:
+                programs = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    prefill = programs["start"]
+    if "extend" in programs:
+        chunks = math.ceil(request.prompt_tokens / request.shapes.chunk)
+        prefill = prefill.then(programs["extend"], chunks - 1)
+    return {"prefill": prefill, "decode": programs["decode"]}
+
+
+def _compile(lowered: Any) -> Compiled:
+    began = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    return Compiled(
+        cost=hlo.analyze(compiled.as_text()),
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        total_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        compile_s=seconds,
+    )
+
+
+# The plan
+
+
+def plan(request: Request) -> dict[str, Any]:
+    """What `--json` prints. Compiles only where weights and cache leave room.
+
+    Figures that only a compiled program has are None without one.
+    """
+    arrays = make_arrays(request)
+    chip = request.chips.chip
+    resting = arrays.weights_bytes + arrays.cache_bytes
+    programs: dict[str, Compiled] | str
+    if resting > chip.memory:
+        programs = f"weights and cache alone take {_size(resting)} a chip of {_size(chip.memory)}"
+    else:
+        _report(f"compiling for {request.chips.name}")
+        programs = compile_all(request, arrays)
+    compiled = programs if isinstance(programs, dict) else {}
+    worst = max(compiled.values(), key=lambda program: program.total_bytes, default=None)
+    total = worst.total_bytes if worst else resting
+    least = functools.partial(arrays.least_bytes, request.config, request.batch)
+    return {
+        "fits": worst is not None and total <= chip.memory,
+        "reason": programs if isinstance(programs, str) else None,
+        **request.asked(),
+        "memory": {
+            "weights": arrays.weights_bytes,
+            "cache": arrays.cache_bytes,
+            "temporaries": worst.temp_bytes if worst else 0,
+            "other": total - resting - worst.temp_bytes if worst else 0,
+            "total": total,
+            "chip": chip.memory,
+        },
+        "prefill": _program(
+            request,
+            compiled.get("prefill"),
+            least(request.prompt_tokens, read=False),
+            request.batch * request.prompt_tokens,
+        ),
+        "decode": _program(request, compiled.get("decode"), least(1, read=True), request.batch),
+    }
+
+
+def _program(request: Request, program: Compiled | None, least: int, tokens: int) -> dict[str, Any]:
+    """What is told of a program that makes or reads so many tokens, all chips together.
+
+    `hbm_bytes` of `decode` are those of a call of one step; of them `loop_hbm_bytes` recur with
+    each step, the others once a call. The rate is that of long calls.
+    """
+    chip = request.chips.chip
+    cost = program.cost if program else None
+    flops = chip.int8_flops if request.quantize == "w8a8" else chip.bf16_flops
+    moved = (cost.open_loop_bytes or cost.hbm_bytes) if cost else least
+    seconds = max(moved / chip.bandwidth, cost.flops / flops if cost else 0)
+
+    def by_kind(works: Any) -> dict[str, Any] | None:
+        return works and {kind: dataclasses.asdict(work) for kind, work in works.items()}
+
+    return {
+        "hbm_bytes": cost and cost.hbm_bytes,
+        "loop_hbm_bytes": cost and cost.open_loop_bytes,
+        "padded_hbm_bytes": cost and cost.padded_hbm_bytes,
+        "least_bytes": least,
+        "argument_bytes": program and program.argument_bytes,
+        "temp_bytes": program and program.temp_bytes,
+        "flops": cost and cost.flops,
+        "estimated_cycles": cost and cost.estimated_cycles if chip.clock else None,
+        "unestimated": by_kind(cost.unestimated) if cost else None,
+        "collectives": by_kind(cost.collectives) if cost else None,
+        "roofline_tokens_per_s": tokens / seconds,
+        "compile_s": program and program.compile_s,
+    }
+
+
+def find(requests: Sequence[Request]) -> dict[str, Any]:
+    """The plan of the first request that fits; of the last if none does."""
+    result: dict[str, Any] = {}
+    for request in requests:
+        result = plan(request)
+        if result["fits"]:
+            return result
+        _report(f"{request.chips.name} is too small: {result['reason'] or 'no room'}")
+    return result
+
+
+# The command
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 and one line on a mistake."""
+    parser = ArgumentParser(
+        prog=PROG,
+        description="Say whether a model fits on some chips, and how fast it can at best be there.",
+    )
+    add = parser.add_argument
+    add("--preset", metavar="NAME", help="a released model, llama-3.1-70b")
+    add("--checkpoint", metavar="DIR", help="a model directory, of which only the config is read")
+    add("--chips", metavar="NAME", help="a slice, v5e-16 or h100-8; without it all are listed")
+    add(
+        "--find", action="store_true", help="the smallest slice that fits, of all or of --chips v5e"
+    )
+    add("--mesh", metavar="SIZES", help="data=2,tensor=8 (tensor takes all chips)")
+    add("--quantize", choices=("none", *KINDS), default="none", help="weights (none)")
+    add("--kv-cache", choices=("int8",), help="keep keys and values as int8 (as --dtype)")
+    add(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)"
+    )
+    add("--batch", type=int, default=1, metavar="N", help="rows (1)")
+    add("--context", type=int, metavar="N", help="tokens of a row, prompt included (the model's)")
+    add("--prompt-tokens", type=int, metavar="N", help=f"of a row (up to {PROMPT})")
+    add("--json", action="store_true", help="one JSON object instead of text")
+    args = parser.parse_args(arguments)
+    if args.chips is None and not args.find:
+        return args
+    if (args.preset is None) == (args.checkpoint is None):
+        given = "both" if args.preset else "neither"
+        parser.error(f"{given} of --preset and --checkpoint given, expected one of them")
+    for name in ("batch", "prompt_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} is {getattr(args, name)}, expected at least 1")
+    return args
+
+
+def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) -> Request:
+    """Raises `UserError` where the model has not so much context, or the prompt takes all."""
+    context = config.context if args.context is None else args.context
+    if not 2 <= context <= config.context:
+        raise UserError(f"--context is {context}, expected from 2 to {config.context}, the model's")
+    prompt = min(PROMPT, context // 2) if args.prompt_tokens is None else args.prompt_tokens
+    if prompt >= context:
+        raise UserError(
+            f"--prompt-tokens {prompt} leaves no room in a context of {context}; give less than that"
+        )
+    return Request(
+        model=args.preset or args.checkpoint,
+        config=config,
+        chips=chips,
+        mesh=args.mesh or default_mesh(config, chips, args.batch),
+        quantize=args.quantize,
+        dtype=args.dtype,
+        int8_cache=args.kv_cache == "int8",
+        batch=args.batch,
+        context=context,
+        prompt_tokens=prompt,
+    )
+
+
+def candidates(args: argparse.Namespace, config: LlamaConfig) -> list[Request]:
+    """A request for each slice of the kind asked for, smallest memory first.
+
+    Slices over which the model or the batch cannot be split are left out.
+    """
+    if args.chips is not None and args.chips not in CHIPS:
+        raise UserError(
+            f"--find searches all chips or one kind, but --chips is {args.chips}; "
+            f"expected one of {', '.join(CHIPS)}"
+        )
+    kinds = (
+        [CHIPS[args.chips]] if args.chips else [c for c in CHIPS.values() if topology.installed(c)]
+    )
+    parts = [part for part in SLICES.values() if part.chip in kinds]
+    if not parts:
+        topology.devices(SLICES["v5e-1"])  # says what is missing
+    requests = []
+    problem = None
+    for part in sorted(parts, key=lambda part: part.count * part.chip.memory):
+        try:
+            request = make_request(args, config, part)
+            make_arrays(request)
+            requests.append(request)
+        except UserError as error:
+            problem = error
+    if not requests and problem:
+        raise problem
+    return requests
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A plan for a person to read."""
+    chips = SLICES[result["chips"]]
+    memory, decode, prefill = result["memory"], result["decode"], result["prefill"]
+    weights = "" if result["quantize"] == "none" else f"{result['quantize']} weights, "
+    yes = "fits" if result["fits"] else "does not fit"
+    lines = [
+        f"{result['model']}, {weights}{result['dtype']}, cache {result['kv_cache']}, "
+        f"batch {result['batch']}, context {result['context']}, "
+        f"on {chips.name}: {chips.count} chips, {result['mesh']}",
+        f"{yes}: {_size(memory['total'])} of {_size(memory['chip'])} a chip",
+    ]
+    if result["reason"]:
+        lines.append(f"  {result['reason']}")
+    lines += [
+        f"  {kind:<12}{_size(memory[kind]):>10}"
+        for kind in ("weights", "cache", "temporaries", "other")
+    ]
+    rows, prompt = result["batch"], result["prompt_tokens"]
+    lines += [f"decode, a step of {rows} tokens", *_describe(decode, chips)]
+    lines += [f"prefill, {rows} x {prompt} tokens", *_describe(prefill, chips)]
+    return "\n".join(lines)
+
+
+def _describe(program: dict[str, Any], chips: Slice) -> list[str]:
+    chip, least = chips.chip, program["least_bytes"]
+    rate = f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s"
+    if program["hbm_bytes"] is None:
+        return [f"  at least {_size(least)} a chip to and from memory", rate]
+    moved = program["loop_hbm_bytes"] or program["hbm_bytes"]
+    once = program["hbm_bytes"] - moved
+    works = program["collectives"]
+    kinds = ", ".join(f"{work['count']} {kind}" for kind, work in works.items()) or "none"
+    lines = [
+        f"  {_size(moved)} a chip to and from memory, {moved / least:.2f} of the least "
+        f"({_size(least)})" + (f", and {_size(once)} once a call" if once > moved / 1000 else ""),
+        f"{rate}, by {chip.bandwidth / 1e9:,.0f} GB/s and {chip.bf16_flops / 1e12:,.0f} TFLOP/s",
+        f"  collectives: {kinds}; {_size(sum(work['bytes'] for work in works.values()))}",
+    ]
+    if chip.clock:
+        cycles = program["estimated_cycles"]
+        missing = Counter({kind: work["count"] for kind, work in program["unestimated"].items()})
+        others = ", ".join(f"{n} {kind}" for kind, n in missing.most_common(4)) or "nothing"
+        lines.append(
+            f"  the compiler's estimate: {cycles / chip.clock * 1e3:.2f} ms ({cycles:,} cycles), "
+            f"without {others}"
+        )
+    return [*lines, f"  compiled in {program['compile_s']:.1f} s"]
+
+
+def list_chips(as_json: bool) -> str:
+    """All chips with what they have, and the names of their slices."""
+    names = {name: [s.name for s in SLICES.values() if s.chip == CHIPS[name]] for name in CHIPS}
+    if as_json:
+        return json.dumps(
+            {"chips": {n: dataclasses.asdict(c) | {"slices": names[n]} for n, c in CHIPS.items()}}
+        )
+    lines = [f"{'chip':<10}{'memory':>11}{'bandwidth':>12}{'bf16':>14}{'int8':>14}  slices"]
+    lines += [
+        f"{chip.name:<10}{_size(chip.memory):>11}{chip.bandwidth / 1e9:>7,.0f} GB/s"
+        f"{chip.bf16_flops / 1e12:>6,.0f} TFLOP/s{chip.int8_flops / 1e12:>8,.0f} TOP/s"
+        f"  {', '.join(names[chip.name])}"
+        for chip in CHIPS.values()
+    ]
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    """1.25 GB; decimal, as bandwidths are."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count / 1e3:,.2f} kB"
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; raises `UserError` for what the user can mend."""
+    args = parse(arguments)
+    if args.chips is None and not args.find:
+        print(list_chips(args.json))
+        return
+    jax.config.update("jax_platforms", "cpu")  # accelerators that are here are not needed
+    config = get_preset(args.preset) if args.preset else checkpoint.load_config(args.checkpoint)
+    if args.find:
+        result = find(candidates(args, config))
+    else:
+        result = plan(make_request(args, config, topology.find_slice(str(args.chips))))
+    print(json.dumps(result) if args.json else describe(result))
+
+
+if __name__ == "__main__":
+    run(main, PROG)
