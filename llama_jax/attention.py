@@ -21,7 +21,7 @@ BLOCK = 512  # cached positions that the plain form reads at once for more than 
 DECODE_ROOM = 1024  # least S for which a decode step on TPU or GPU takes a kernel
 
 Arrays = tuple[jax.Array, jax.Array]  # keys and values that are not quantized
-Kernel = Callable[..., jax.Array]  # (q_BTKGH, new, cached, length_B) -> out_BKGTH
+Kernel = Callable[..., jax.Array]  # (q_BTNH, new, cached, length_B) -> out_BTNH
 
 
 def attend(
@@ -46,16 +46,15 @@ def attend(
     Returns [B, T, N*H] in the dtype of the queries. Softmax is float32, as in Meta's reference.
     """
     B, T, N, H = q_BTNH.shape
-    K = new[0].shape[1]
-    operands = q_BTNH.reshape(B, T, K, N // K, H), new, cached, length_B
+    operands = q_BTNH, new, cached, length_B
     large = T > 1 and cached is not None and _slots(cached) > BLOCK
     plain: Kernel = _blockwise if large else _whole
-    fused = _fused(operands[0], cached)
+    fused = _fused(q_BTNH, cached)
     if fused:
-        out_BKGTH = jax.lax.platform_dependent(*operands, **fused, default=plain)
+        out_BTNH = jax.lax.platform_dependent(*operands, **fused, default=plain)
     else:
-        out_BKGTH = plain(*operands)
-    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N * H)
+        out_BTNH = plain(*operands)
+    return out_BTNH.reshape(B, T, N * H)
 
 
 def _slots(cached: Entries) -> int:
@@ -96,6 +95,16 @@ def mix(
     )
 
 
+def _grouped(q_BTNH: jax.Array, K: int) -> jax.Array:
+    B, T, N, H = q_BTNH.shape
+    return q_BTNH.reshape(B, T, K, N // K, H)
+
+
+def _ungrouped(out_BKGTH: jax.Array) -> jax.Array:
+    B, K, G, T, H = out_BKGTH.shape
+    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, K * G, H)
+
+
 def _new_scores(q_BTKGH: jax.Array, k_BKTH: jax.Array) -> jax.Array:
     T = q_BTKGH.shape[1]
     causal_TT = jnp.tril(jnp.ones((T, T), bool))
@@ -103,29 +112,32 @@ def _new_scores(q_BTKGH: jax.Array, k_BKTH: jax.Array) -> jax.Array:
 
 
 def _whole(
-    q_BTKGH: jax.Array, new: Arrays, cached: Entries | None, length_B: jax.Array
+    q_BTNH: jax.Array, new: Arrays, cached: Entries | None, length_B: jax.Array
 ) -> jax.Array:
     """All scores of a query at once, over all the room of the cache."""
-    dtype = q_BTKGH.dtype
+    dtype = q_BTNH.dtype
     k_BKTH, v_BKTH = new
+    q_BTKGH = _grouped(q_BTNH, k_BKTH.shape[1])
     scores_BKGTS = _new_scores(q_BTKGH, k_BKTH)
     if cached is None:
-        return mix(jax.nn.softmax(scores_BKGTS), v_BKTH, dtype)
+        return _ungrouped(mix(jax.nn.softmax(scores_BKGTS), v_BKTH, dtype))
     k_BKSH, v_BKSH = cached
     S = k_BKSH.shape[2]
     filled_BS = jnp.arange(S)[None] < length_B[:, None]
     past_BKGTS = jnp.where(filled_BS[:, None, None, None], scores(q_BTKGH, k_BKSH), MASKED)
     weights = jax.nn.softmax(jnp.concatenate([past_BKGTS, scores_BKGTS], axis=-1))
-    return mix(weights[..., :S], v_BKSH, dtype) + mix(weights[..., S:], v_BKTH, dtype)
+    out_BKGTH = mix(weights[..., :S], v_BKSH, dtype) + mix(weights[..., S:], v_BKTH, dtype)
+    return _ungrouped(out_BKGTH)
 
 
-def _blockwise(q_BTKGH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Array) -> jax.Array:
+def _blockwise(q_BTNH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Array) -> jax.Array:
     """The same, a block of the cache at a time, up to the longest row (arXiv 2205.14135).
 
     Scores take [T, BLOCK] for each head, and time follows what is filled.
     """
-    dtype = q_BTKGH.dtype
+    dtype = q_BTNH.dtype
     k_BKTH, v_BKTH = new
+    q_BTKGH = _grouped(q_BTNH, k_BKTH.shape[1])
     S = _slots(cached)
 
     def weigh(scores_BKGTS: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -153,19 +165,19 @@ def _blockwise(q_BTKGH: jax.Array, new: Arrays, cached: Entries, length_B: jax.A
     out = mix(weights, v_BKTH, dtype, jnp.float32)
     blocks = (jnp.max(length_B) + BLOCK - 1) // BLOCK
     out, total, _ = jax.lax.fori_loop(0, blocks, step, (out, total, largest))
-    return (out / total[..., None]).astype(dtype)
+    return _ungrouped((out / total[..., None]).astype(dtype))
 
 
 # --- fused ---
 
 
-def _fused(q_BTKGH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
+def _fused(q_BTNH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
     """The kernels that take these shapes, by platform; none where the plain form is as good.
 
     None takes an int8 cache: they know no scales, and a dequantized copy costs more than they save.
     """
-    _, T, _, _, H = q_BTKGH.shape
-    dtype = q_BTKGH.dtype
+    _, T, _, H = q_BTNH.shape
+    dtype = q_BTNH.dtype
     chosen: dict[str, Kernel] = {}
     if dtype not in (jnp.bfloat16, jnp.float16) or H % 64:
         return chosen
@@ -175,7 +187,7 @@ def _fused(q_BTKGH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
             if kernels.cudnn_is_there():
                 chosen["cuda"] = _cudnn_causal
     elif (T > 1 or _slots(cached) >= DECODE_ROOM) and isinstance(cached[0], jax.Array):
-        if kernels.splash_past_fits(q_BTKGH, cached[0]):
+        if kernels.splash_past_fits(q_BTNH, cached[0]):
             chosen["tpu"] = _splash
         if kernels.triton_past_fits(cached[0]):
             chosen["cuda"] = _triton
@@ -186,7 +198,7 @@ def _fused(q_BTKGH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
 
 def _on_shards(
     kernel: Kernel,
-    q_BTKGH: jax.Array,
+    q_BTNH: jax.Array,
     new: Arrays,
     cached: Entries | None,
     length_B: jax.Array,
@@ -197,53 +209,53 @@ def _on_shards(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel(q_BTKGH, new, cached, length_B)
+        return kernel(q_BTNH, new, cached, length_B)
     rows = "batch" if cached is None else "cache_batch"
     heads = rows, "kv_heads", None, None
 
     def specs(tree: Any, *axes: str | None) -> Any:
         return jax.tree.map(lambda x: spec(x.shape, axes, mesh), tree)
 
-    B, T, K, G, H = q_BTKGH.shape
+    queries = specs(q_BTNH, rows, None, "heads", None)
     return jax.shard_map(
         kernel,
         in_specs=(
-            specs(q_BTKGH, rows, None, "kv_heads", "group", None),
+            queries,
             specs(new, *heads),
             specs(cached, *heads),
             specs(length_B, rows),
         ),
-        out_specs=spec((B, K, G, T, H), (rows, "kv_heads", "group", None, None), mesh),
+        out_specs=queries,
         check_vma=False,  # Pallas does not say over which axes its results vary
-    )(q_BTKGH, new, cached, length_B)
+    )(q_BTNH, new, cached, length_B)
 
 
-def _splash_causal(q_BTKGH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
-    return kernels.splash_causal(q_BTKGH, *new)
+def _splash_causal(q_BTNH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
+    return jnp.swapaxes(kernels.splash_causal(q_BTNH, *new), 1, 2)
 
 
-def _splash(q_BTKGH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
-    fits = q_BTKGH.shape[1] >= kernels.SMALLEST
+def _splash(q_BTNH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
+    fits = q_BTNH.shape[1] >= kernels.SMALLEST
     causal = functools.partial(kernels.splash_causal, residuals=True) if fits else _causal_part
-    past = kernels.splash_past(q_BTKGH, *cached, length_B)
-    return kernels.merge(past, causal(q_BTKGH, *new)).astype(q_BTKGH.dtype)
+    past = kernels.splash_past(q_BTNH, *cached, length_B)
+    return jnp.swapaxes(kernels.merge(past, causal(q_BTNH, *new)), 1, 2)
 
 
-def _cudnn_causal(q_BTKGH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
-    return kernels.cudnn_causal(q_BTKGH, *new)
+def _cudnn_causal(q_BTNH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
+    return kernels.cudnn_causal(q_BTNH, *new)
 
 
-def _triton(q_BTKGH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
-    fits = q_BTKGH.shape[1] % kernels.SMALLEST == 0
+def _triton(q_BTNH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
+    fits = q_BTNH.shape[1] % kernels.SMALLEST == 0
     causal = kernels.triton_causal if fits else _causal_part
-    past = kernels.triton_past(q_BTKGH, *cached, length_B)
-    return kernels.merge(past, causal(q_BTKGH, *new)).astype(q_BTKGH.dtype)
+    past = kernels.triton_past(q_BTNH, *cached, length_B)
+    return jnp.swapaxes(kernels.merge(past, causal(q_BTNH, *new)), 1, 2)
 
 
-def _causal_part(q_BTKGH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array) -> kernels.Part:
+def _causal_part(q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array) -> kernels.Part:
     """For few queries, where all their scores are small."""
-    scores_BKGTT = _new_scores(q_BTKGH, k_BKTH)
-    weights = jax.nn.softmax(scores_BKGTT)
-    return kernels.Part(
-        mix(weights, v_BKTH, q_BTKGH.dtype), jax.nn.logsumexp(scores_BKGTT, axis=-1)
-    )
+    B, T, N, H = q_BTNH.shape
+    scores_BKGTT = _new_scores(_grouped(q_BTNH, k_BKTH.shape[1]), k_BKTH)
+    out_BKGTH = mix(jax.nn.softmax(scores_BKGTT), v_BKTH, q_BTNH.dtype)
+    lse_BKGT = jax.nn.logsumexp(scores_BKGTT, axis=-1)
+    return kernels.Part(out_BKGTH.reshape(B, N, T, H), lse_BKGT.reshape(B, N, T))

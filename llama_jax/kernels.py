@@ -36,19 +36,17 @@ MOST_BLOCKS = 1 << 16  # (head, query block, key block) triples whose table fits
 class Part(NamedTuple):
     """Attention over some of the positions that the queries see."""
 
-    out: jax.Array  # [B, K, G, T, H]; anything where there are no such positions
-    lse: jax.Array  # float32 [B, K, G, T], log of the sum of exp(scores); -inf then
+    out: jax.Array  # [B, N, T, H]; anything where there are no such positions
+    lse: jax.Array  # float32 [B, N, T], log of the sum of exp(scores); -inf then
 
 
-def merge(a: Part, b: Part) -> jax.Array:
-    """Attention over the positions of both, float32 [B, K, G, T, H]. At least one sees some."""
-    lse = jnp.logaddexp(a.lse, b.lse)
-
-    def weighted(part: Part) -> jax.Array:
-        weight = jnp.exp(part.lse - lse)[..., None]
-        return jnp.where(weight > 0, weight * part.out.astype(jnp.float32), 0)
-
-    return weighted(a) + weighted(b)
+def merge(past: Part, new: Part) -> jax.Array:
+    """Attention over the positions of both, [B, N, T, H]; every query sees some of the new ones."""
+    share = jax.nn.sigmoid(past.lse - new.lse)[..., None]
+    mixed = share * past.out.astype(jnp.float32) + (1 - share) * new.out.astype(jnp.float32)
+    out = jnp.where(share > 0, mixed.astype(new.out.dtype), new.out)
+    # Without it XLA on TPU computes all this once more for each tile of the transposed result.
+    return jax.lax.optimization_barrier(out)
 
 
 # --- TPU ---
@@ -56,30 +54,30 @@ def merge(a: Part, b: Part) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("residuals", "interpret"))
 def splash_causal(
-    q_BTKGH: jax.Array,
+    q_BTNH: jax.Array,
     k_BKTH: jax.Array,
     v_BKTH: jax.Array,
     *,
     residuals: bool = False,
     interpret: bool = False,
 ) -> Any:
-    """Each query on the keys up to its own: [B, K, G, T, H], or a `Part` with `residuals`.
+    """Each query on the keys up to its own: [B, N, T, H], or a `Part` with `residuals`.
 
     T is padded to whole blocks: padded keys come after every query. Differentiable without
     `residuals`. `jit` so that the layers of a model share one trace.
     """
-    B, T, K, G, H = q_BTKGH.shape
+    B, T, N, H = q_BTNH.shape
+    K = k_BKTH.shape[1]
     block = min(CAUSAL_BLOCK, 1 << (T - 1).bit_length())
     padding = -T % block
-    heads = B * K * G
 
-    def padded(x_BKTH: jax.Array, n: int) -> jax.Array:
-        x = x_BKTH.reshape(n, T, H)
+    def padded(x_BKTH: jax.Array, heads: int) -> jax.Array:
+        x = x_BKTH.reshape(heads, T, H)
         return jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x
 
     mask = splash_mask.CausalMask((T + padding, T + padding))
     kernel = splash.make_splash_mha(
-        splash_mask.MultiHeadMask([mask] * heads),
+        splash_mask.MultiHeadMask([mask] * (B * N)),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -93,11 +91,11 @@ def splash_causal(
         save_residuals=residuals,
         interpret=interpret,
     )
-    q = padded(jnp.moveaxis(q_BTKGH * H**-0.5, 1, 3), heads)
+    q = padded(jnp.swapaxes(q_BTNH * H**-0.5, 1, 2), B * N)
     result: Any = kernel(q, padded(k_BKTH, B * K), padded(v_BKTH, B * K))
 
     def unpadded(x: jax.Array) -> jax.Array:
-        return x[:, :T].reshape(B, K, G, T, *x.shape[2:])
+        return x[:, :T].reshape(B, N, T, *x.shape[2:])
 
     if not residuals:
         return unpadded(result)
@@ -105,14 +103,14 @@ def splash_causal(
     return Part(unpadded(out), unpadded(lse))
 
 
-def splash_past_fits(q_BTKGH: jax.Array, k_BKSH: jax.Array) -> bool:
+def splash_past_fits(q_BTNH: jax.Array, k_BKSH: jax.Array) -> bool:
     """Whether `splash_past` takes these shapes."""
-    B, T, K, G, _ = q_BTKGH.shape
-    S = k_BKSH.shape[2]
-    if S % SMALLEST:
+    _, T, N, _ = q_BTNH.shape
+    B, K, S, _ = k_BKSH.shape
+    R = N // K * T
+    if S % SMALLEST or R % _row_block(R):
         return False
-    rows = _row_block(G * T)
-    return G * T % rows == 0 and B * K * (G * T // rows) * (S // _past_block(S)) <= MOST_BLOCKS
+    return B * K * (R // _row_block(R)) * (S // _past_block(S)) <= MOST_BLOCKS
 
 
 def _row_block(rows: int) -> int:
@@ -125,7 +123,7 @@ def _past_block(S: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def splash_past(
-    q_BTKGH: jax.Array,
+    q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     length_B: jax.Array,
@@ -141,8 +139,9 @@ def splash_past(
 
       length 3, S 8, blocks of 2: see 2 1 0 0, fetch 0 1 1 1, mask 1 0
     """
-    B, T, K, G, H = q_BTKGH.shape
-    S, R = k_BKSH.shape[2], G * T
+    _, T, N, H = q_BTNH.shape
+    B, K, S, _ = k_BKSH.shape
+    R = N // K * T
     size_q, size = _row_block(R), _past_block(S)
     blocks = jnp.arange(S // size)[None]
     length_B1 = length_B[:, None]
@@ -155,6 +154,8 @@ def splash_past(
         small = jnp.int8 if max(B, S // size) < 128 else jnp.int32  # SMEM is scarce
         return jnp.broadcast_to(x[:, None, None], shape).reshape(B * K, *shape[2:]).astype(small)
 
+    # As XLA lays out a cache: heads narrower than a register would leave part of it empty.
+    layout = splash.QKVLayout.HEAD_DIM_MINOR if H % 128 == 0 else splash.QKVLayout.SEQ_MINOR
     inside = jnp.arange(size)[None] < length_B1 % size
     info = MaskInfo(
         data_next=table(fetch),
@@ -167,7 +168,13 @@ def splash_past(
         info,
         None,
         None,
-        block_sizes=splash.BlockSizes(size_q, size, min(size, CAUSAL_BLOCK if T > 1 else size)),
+        block_sizes=splash.BlockSizes(
+            block_q=size_q,
+            block_kv=size,
+            block_kv_compute=min(size, CAUSAL_BLOCK if T > 1 else size),
+            k_layout=layout,
+            v_layout=layout,
+        ),
         is_mqa=False,
         save_residuals=True,
         mask_value=splash.DEFAULT_MASK_VALUE,
@@ -176,10 +183,10 @@ def splash_past(
         mask_function=None,
         interpret=interpret,
     )
-    q = jnp.moveaxis(q_BTKGH * H**-0.5, 1, 3).reshape(B * K, R, H)
+    q = jnp.swapaxes(q_BTNH * H**-0.5, 1, 2).reshape(B * K, R, H)
     result: Any = kernel(q, k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H))
     out, (lse,) = result
-    return Part(out.reshape(B, K, G, T, H), lse.reshape(B, K, G, T))
+    return Part(out.reshape(B, N, T, H), lse.reshape(B, N, T))
 
 
 # --- GPU ---
@@ -197,31 +204,30 @@ def cudnn_is_there() -> bool:
     return True
 
 
-def cudnn_causal(q_BTKGH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array) -> jax.Array:
-    """Each query on the keys up to its own, [B, K, G, T, H]; bfloat16 or float16 only."""
-    B, T, K, G, H = q_BTKGH.shape
-    out_BTNH = jax.nn.dot_product_attention(
-        q_BTKGH.reshape(B, T, K * G, H),
+def cudnn_causal(q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array) -> jax.Array:
+    """Each query on the keys up to its own, [B, T, N, H]; bfloat16 or float16 only."""
+    return jax.nn.dot_product_attention(
+        q_BTNH,
         jnp.swapaxes(k_BKTH, 1, 2),
         jnp.swapaxes(v_BKTH, 1, 2),
         is_causal=True,
         implementation="cudnn",
     )
-    return jnp.moveaxis(out_BTNH.reshape(B, T, K, G, H), 1, 3)
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def triton_causal(
-    q_BTKGH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, *, interpret: bool = False
+    q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, *, interpret: bool = False
 ) -> Part:
     """Each query on the keys up to its own. T is a multiple of 128. Keys are copied G times."""
-    B, T, K, G, H = q_BTKGH.shape
+    _, _, N, H = q_BTNH.shape
+    K = k_BKTH.shape[1]
 
     def repeated(x_BKTH: jax.Array) -> jax.Array:
-        return jnp.repeat(jnp.swapaxes(x_BKTH, 1, 2), G, axis=2)
+        return jnp.repeat(jnp.swapaxes(x_BKTH, 1, 2), N // K, axis=2)
 
     result: Any = triton_attention.mha(
-        q_BTKGH.reshape(B, T, K * G, H),
+        q_BTNH,
         repeated(k_BKTH),
         repeated(v_BKTH),
         None,
@@ -231,8 +237,7 @@ def triton_causal(
         return_residuals=True,
     )
     out_BTNH, lse_BNT = result
-    out = jnp.moveaxis(out_BTNH.reshape(B, T, K, G, H), 1, 3)
-    return Part(out, lse_BNT.reshape(B, K, G, T) * jnp.log(2.0))  # the kernel's is of base 2
+    return Part(jnp.swapaxes(out_BTNH, 1, 2), lse_BNT * jnp.log(2.0))  # the kernel's is of base 2
 
 
 TRITON_SPLITS = 16  # parts of the keys that a decode step reads at once
@@ -245,7 +250,7 @@ def triton_past_fits(k_BKSH: jax.Array) -> bool:
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def triton_past(
-    q_BTKGH: jax.Array,
+    q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSH: jax.Array,
     length_B: jax.Array,
@@ -258,11 +263,12 @@ def triton_past(
     its batch the KV heads of all rows. Few queries leave most of a GPU idle: then the keys are
     read in 16 parts.
     """
-    B, T, K, G, H = q_BTKGH.shape
-    S, R = k_BKSH.shape[2], G * T
+    _, T, N, H = q_BTNH.shape
+    B, K, S, _ = k_BKSH.shape
+    R = N // K * T
     splits = TRITON_SPLITS if R <= 64 else 1
     result: Any = triton_decode.mqa(
-        jnp.moveaxis(q_BTKGH, 1, 3).reshape(B * K, R, H),
+        jnp.swapaxes(q_BTNH, 1, 2).reshape(B * K, R, H),
         k_BKSH.reshape(B * K, S, H),
         v_BKSH.reshape(B * K, S, H),
         kv_seq_len=jnp.repeat(length_B, K),
@@ -274,4 +280,4 @@ def triton_past(
     )
     out, (sums, largest) = result
     lse = largest + jnp.log(sums)
-    return Part(out.reshape(B, K, G, T, H), lse.reshape(B, K, G, T))
+    return Part(out.reshape(B, N, T, H), lse.reshape(B, N, T))
