@@ -14,7 +14,6 @@ import json
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -237,9 +236,11 @@ def plan(request: Request) -> dict[str, Any]:
     compiled = programs if isinstance(programs, dict) else {}
     worst = max(compiled.values(), key=lambda program: program.total_bytes, default=None)
     total = worst.total_bytes if worst else resting
+    if total > chip.memory and worst:
+        programs = f"the programs take {_size(total)} a chip of {_size(chip.memory)}"
     least = functools.partial(arrays.least_bytes, request.config, request.batch)
     return {
-        "fits": worst is not None and total <= chip.memory,
+        "fits": not isinstance(programs, str),
         "reason": programs if isinstance(programs, str) else None,
         **request.asked(),
         "memory": {
@@ -291,14 +292,33 @@ def _program(request: Request, program: Compiled | None, least: int, tokens: int
     }
 
 
-def find(requests: Sequence[Request]) -> dict[str, Any]:
-    """The plan of the first request that fits; of the last if none does."""
-    result: dict[str, Any] = {}
-    for request in requests:
-        result = plan(request)
+def find(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
+    """The plan of the smallest slice, by memory, that fits; of the largest if none does.
+
+    Slices over which the model or the batch cannot be split are passed over. Raises `UserError`
+    if that is all of them.
+    """
+    if args.chips is not None and args.chips not in CHIPS:
+        raise UserError(
+            f"--find searches all chips or those of a kind, but --chips is {args.chips}; "
+            f"expected one of {', '.join(CHIPS)}"
+        )
+    kinds = [CHIPS[args.chips]] if args.chips else list(CHIPS.values())
+    if any(map(topology.installed, kinds)):
+        kinds = [chip for chip in kinds if topology.installed(chip)]
+    parts = [part for part in SLICES.values() if part.chip in kinds]
+    result, problem = None, None
+    for part in sorted(parts, key=lambda part: part.count * part.chip.memory):
+        try:
+            result = plan(make_request(args, config, part))
+        except UserError as error:
+            problem = error
+            continue
         if result["fits"]:
-            return result
-        _report(f"{request.chips.name} is too small: {result['reason'] or 'no room'}")
+            break
+        _report(f"{part.name} is too small: {result['reason']}")
+    if result is None:
+        raise problem or UserError("no slice is known")
     return result
 
 
@@ -365,36 +385,6 @@ def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) ->
     )
 
 
-def candidates(args: argparse.Namespace, config: LlamaConfig) -> list[Request]:
-    """A request for each slice of the kind asked for, smallest memory first.
-
-    Slices over which the model or the batch cannot be split are left out.
-    """
-    if args.chips is not None and args.chips not in CHIPS:
-        raise UserError(
-            f"--find searches all chips or one kind, but --chips is {args.chips}; "
-            f"expected one of {', '.join(CHIPS)}"
-        )
-    kinds = (
-        [CHIPS[args.chips]] if args.chips else [c for c in CHIPS.values() if topology.installed(c)]
-    )
-    parts = [part for part in SLICES.values() if part.chip in kinds]
-    if not parts:
-        topology.devices(SLICES["v5e-1"])  # says what is missing
-    requests = []
-    problem = None
-    for part in sorted(parts, key=lambda part: part.count * part.chip.memory):
-        try:
-            request = make_request(args, config, part)
-            make_arrays(request)
-            requests.append(request)
-        except UserError as error:
-            problem = error
-    if not requests and problem:
-        raise problem
-    return requests
-
-
 def describe(result: dict[str, Any]) -> str:
     """A plan for a person to read."""
     chips = SLICES[result["chips"]]
@@ -404,7 +394,7 @@ def describe(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}, {weights}{result['dtype']}, cache {result['kv_cache']}, "
         f"batch {result['batch']}, context {result['context']}, "
-        f"on {chips.name}: {chips.count} chips, {result['mesh']}",
+        f"on {chips.name}: {chips.count} chip{'s' * (chips.count > 1)}, {result['mesh']}",
         f"{yes}: {_size(memory['total'])} of {_size(memory['chip'])} a chip",
     ]
     if result["reason"]:
@@ -412,6 +402,7 @@ def describe(result: dict[str, Any]) -> str:
     lines += [
         f"  {kind:<12}{_size(memory[kind]):>10}"
         for kind in ("weights", "cache", "temporaries", "other")
+        if memory[kind]
     ]
     rows, prompt = result["batch"], result["prompt_tokens"]
     lines += [f"decode, a step of {rows} tokens", *_describe(decode, chips)]
@@ -423,7 +414,7 @@ def _describe(program: dict[str, Any], chips: Slice) -> list[str]:
     chip, least = chips.chip, program["least_bytes"]
     rate = f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s"
     if program["hbm_bytes"] is None:
-        return [f"  at least {_size(least)} a chip to and from memory", rate]
+        return [f"  would take at least {_size(least)} a chip to and from memory", rate]
     moved = program["loop_hbm_bytes"] or program["hbm_bytes"]
     once = program["hbm_bytes"] - moved
     works = program["collectives"]
@@ -436,11 +427,11 @@ def _describe(program: dict[str, Any], chips: Slice) -> list[str]:
     ]
     if chip.clock:
         cycles = program["estimated_cycles"]
-        missing = Counter({kind: work["count"] for kind, work in program["unestimated"].items()})
-        others = ", ".join(f"{n} {kind}" for kind, n in missing.most_common(4)) or "nothing"
+        works = sorted(program["unestimated"].items(), key=lambda work: -work[1]["bytes"])
+        others = ", ".join(f"{work['count']} {kind}" for kind, work in works[:3]) or "nothing"
         lines.append(
             f"  the compiler's estimate: {cycles / chip.clock * 1e3:.2f} ms ({cycles:,} cycles), "
-            f"without {others}"
+            f"which leaves out {others}"
         )
     return [*lines, f"  compiled in {program['compile_s']:.1f} s"]
 
@@ -483,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # accelerators that are here are not needed
     config = get_preset(args.preset) if args.preset else checkpoint.load_config(args.checkpoint)
     if args.find:
-        result = find(candidates(args, config))
+        result = find(args, config)
     else:
         result = plan(make_request(args, config, topology.find_slice(str(args.chips))))
     print(json.dumps(result) if args.json else describe(result))

@@ -125,13 +125,15 @@ def devices(part: Slice) -> Sequence[Any]:
         raise UserError(
             f"compiling for {chip.name} needs {library}; run: pip install 'llama-jax[plan]'"
         )
+    variables: dict[str, str] = {}
     if chip.platform == "tpu":
         # libtpu asks the metadata server of a TPU VM who it is, and serves one process at a time.
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        kind = part.name.replace("v5e", "v5litepod")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", kind)
+        variables = {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": part.name.replace("v5e", "v5litepod"),
+        }
         options: dict[str, Any] = {}
         if chip.name == "v4":
             options["chip_config_name"] = "megacore"  # both cores of a chip are one device
@@ -143,8 +145,20 @@ def devices(part: Slice) -> Sequence[Any]:
         name = chip.name
     from jax.experimental import topologies
 
-    with quiet():
+    with quiet(), _environment(variables):
         return topologies.get_topology_desc(name, chip.platform, **options).devices
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets variables that are not set, and takes them away again."""
+    added = {key: value for key, value in variables.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
 
 
 @contextlib.contextmanager
