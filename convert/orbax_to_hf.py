@@ -20,7 +20,7 @@ from convert.names import EMBED, weights
 from convert.progress import progress, say, summary
 from convert.source import DTYPES, cast, model_leaves
 from llama_jax.chat import stop_ids
-from llama_jax.checkpoint import LazyArray, load_config, new_directory
+from llama_jax.checkpoint import LazyArray, load_config, new_directory, refuse_quantized
 from llama_jax.command import ArgumentParser, run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
     # What is there
     shard_size = parse_size(args.max_shard_size)
     config = load_config(args.checkpoint)
+    refuse_quantized(args.checkpoint)
     leaves = _leaves_by_hf_name(args.checkpoint, config, DTYPES.get(args.dtype))
     size = sum(leaf.nbytes for leaf in leaves.values())
     dtype = str(leaves[EMBED.hf].dtype)

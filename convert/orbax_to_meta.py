@@ -28,7 +28,7 @@ from convert.names import (
 )
 from convert.progress import progress, say, summary
 from convert.source import model_leaves
-from llama_jax.checkpoint import LazyArray, load_config, new_directory
+from llama_jax.checkpoint import LazyArray, load_config, new_directory, refuse_quantized
 from llama_jax.command import ArgumentParser, run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--output {args.output} is remote, expected a local directory for torch")
     require_safe_torch()
     config = load_config(args.checkpoint)
+    refuse_quantized(args.checkpoint)
     params = config.to_meta()
     check_ranks(config, args.ranks)
     leaves = model_leaves(args.checkpoint, config)

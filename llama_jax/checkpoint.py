@@ -5,11 +5,16 @@ and `params/`, an Orbax PyTree checkpoint that stock Orbax restores. Kernels kee
 [out, in] layout. `params/` is plain zarr, one array a tensor, uncompressed: weights do not
 compress, and an uncompressed chunk goes from the source to the file without another copy.
 
-Paths may be local or `gs://`. Conversion, quantization and the model itself are not known here.
+The arrays inside of quantized leaves are stored like any other (`layers_0.mlp.up.kernel.values`),
+those of 4 bits two to a byte, the first in the low bits. `quantization.json` says how to read them.
+
+Paths may be local or `gs://`. Conversion and the model itself are not known here.
 """
 
+import collections
 import contextlib
 import errno
+import functools
 import json
 import logging
 import math
@@ -22,17 +27,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
+from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
-from llama_jax.quant import Quantization
+from llama_jax.quant import Int4, Int8, Quantization, Quantized
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
 
 _STAGING = re.compile(r"\..+\.partial-[0-9a-f]{8}")  # of `new_directory`
+QUANTIZATION = "quantization.json"
+NIBBLES = (np.dtype(jnp.int4), np.dtype(jnp.uint4))
 REMOTE_CHUNK_BYTES = 64 << 20  # an object store is fastest with many requests at once
 
 
@@ -140,12 +150,25 @@ class Model:
     config: LlamaConfig
     params: Params
     tokenizer: Tokenizer
+    quantization: Quantization | None = None
 
 
-def load(path: str | os.PathLike, *, dtype: Any = None, shardings: Any = None) -> Model:
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    quantize: str | Quantization | None = None,
+    mesh: str | Mesh | None = None,
+) -> Model:
     """Config, parameters (see `load_params`) and tokenizer of the model directory `path`.
 
-    Raises `UserError` if any of them is missing, damaged, or does not fit the others.
+    Args:
+      dtype: of the activations, and of all parameters that are not quantized (as stored).
+      quantize: a kind such as "int8", or all of a `Quantization`, where the stored parameters are
+        not quantized already.
+      mesh: the devices to split the parameters over, such as "data=2,tensor=4" (the first one).
+
+    Raises `UserError` if any part is missing, damaged, does not fit the others or the memory.
     """
     config = load_config(path)
     tokenizer = load_tokenizer(_absolute(path))
@@ -154,7 +177,11 @@ def load(path: str | os.PathLike, *, dtype: Any = None, shardings: Any = None) -
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"{config.vocab_size}; convert the model again with its own tokenizer"
         )
-    return Model(config, load_params(path, dtype=dtype, shardings=shardings), tokenizer)
+    stored, _ = load_quantization(path)
+    if isinstance(quantize, str):
+        quantize = Quantization(quantize)
+    params = load_params(path, dtype=dtype, quantize=quantize, mesh=mesh)
+    return Model(config, params, tokenizer, quantize or stored)
 
 
 def save_model(
@@ -165,19 +192,25 @@ def save_model(
     tokenizer: str | os.PathLike | None,
     provenance: dict[str, Any],
     progress: Callable[[str, int], None] | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Writes a model directory; leaves nothing behind if it fails.
 
     `params` is a tree of arrays and `LazyArray`s, read one at a time in the order of the sorted
-    tree. `tokenizer` is a file, copied as `tokenizer` and its suffix. `progress(name, bytes)` is
+    tree; `quantization` is how its quantized leaves were made. `tokenizer` is a file, copied as `tokenizer` and its suffix. `progress(name, bytes)` is
     called once a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
     """
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    stored = _stored_form(params)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
     with new_directory(path, needed) as staging:
-        save_tree(staging / "params", params, progress)
+        save_tree(staging / "params", stored, progress)
         if tokenizer is not None:
             tokenizer = epath.Path(tokenizer)
             tokenizer.copy(staging / f"tokenizer{tokenizer.suffix}")
+        if quantization is not None:
+            how = quantization.to_dict() | {"dtype": str(_stands_for(params))}
+            (staging / QUANTIZATION).write_text(json.dumps(how, indent=2) + "\n")
+            provenance = provenance | {"quantization": how}
         (staging / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         (staging / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
@@ -205,26 +238,269 @@ def load_config(path: str | os.PathLike) -> LlamaConfig:
     return LlamaConfig.from_dict(fields)
 
 
+def load_quantization(path: str | os.PathLike) -> tuple[Quantization | None, np.dtype]:
+    """How the parameters of the model directory `path` are quantized, and what they stand for.
+
+    None and float32 where they are not. Raises `UserError` for what this version cannot read.
+    """
+    file = _absolute(path) / QUANTIZATION
+    if not file.exists():
+        return None, np.dtype(np.float32)
+    try:
+        fields = json.loads(file.read_bytes().decode("utf-8"))
+        dtype = np.dtype(fields.pop("dtype"))
+        return Quantization(**fields), dtype
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is not what convert.quantize writes ({reason})") from None
+
+
+def refuse_quantized(path: str | os.PathLike) -> None:
+    """Raises `UserError` where the model directory `path` is quantized."""
+    quantization, _ = load_quantization(path)
+    if quantization is not None:
+        raise UserError(
+            f"{path} is quantized to {quantization.kind}, expected the model that it was made of"
+        )
+
+
 def abstract_params(path: str | os.PathLike) -> Params:
     """The tree of `path` as `jax.ShapeDtypeStruct`s; reads metadata only."""
-    return _abstract(open_tree(_absolute(path) / "params"))
+    path = _absolute(path)
+    stored = open_tree(path / "params")
+    quantization, stands_for = load_quantization(path)
+    if quantization is None:
+        return _abstract(stored)
+    return _expected(path, load_config(path), stored, quantization, stands_for)
 
 
 def load_params(
-    path: str | os.PathLike, *, dtype: Any = None, shardings: Any = None
+    path: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    quantize: Quantization | None = None,
+    mesh: str | Mesh | None = None,
+    shardings: Any = None,
 ) -> dict[str, Any]:
     """The parameters of the model directory `path` on their devices.
 
-    `shardings` is one sharding or a tree of them (default: the first device). Each leaf is cast
-    to `dtype` (default: as stored) on its devices, one after the other. On one CPU device, and
-    without a cast, the arrays are the mapped files themselves: nothing is read until it is used.
-    Raises `UserError` naming a tensor that is missing, unknown or of the wrong shape.
+    Without a `mesh` that is the first device; `shardings`, one or a tree of them, is for other
+    ways to split parameters that are not quantized. Each leaf is cast to `dtype` (default: as
+    stored) or quantized on its devices, one after the other: the whole model is never there in
+    another form. Of quantized leaves `dtype` is what they stand for; their arrays stay as they
+    are. On one CPU device, and without a cast, the arrays are the mapped files themselves: nothing
+    is read until it is used. Raises `UserError` naming a tensor that is missing, unknown or of the
+    wrong shape, and where the memory is too small.
     """
     path = _absolute(path)
     config = load_config(path)
+    quantization, stands_for = load_quantization(path)
+    if quantization and quantize:
+        raise UserError(
+            f"{path} is quantized to {quantization.kind} already; load it as it is, or quantize "
+            "the model that it was made of"
+        )
     stored = open_tree(path / "params")
-    check_shapes(path, stored, param_shapes(config))
-    return load_tree(path / "params", stored, dtype=dtype, shardings=shardings)
+    source = _expected(path, config, stored, quantization, stands_for)
+    target = _cast(source if quantize is None else jax.eval_shape(quantize, source), dtype)
+    if mesh is not None:
+        mesh = sharding.make_mesh(mesh, config) if isinstance(mesh, str) else mesh
+        placed, shardings = sharding.shardings(source, mesh), sharding.shardings(target, mesh)
+        _refuse_straddling_groups(path, target, shardings)
+    else:
+        placed, shardings = _one_for_all(shardings, source), _one_for_all(shardings, target)
+    _refuse_large(path, source, placed, target, shardings)
+    if quantization is None and quantize is None:
+        return load_tree(path / "params", stored, dtype=dtype, shardings=shardings)
+
+    # Of a model that is quantized here leaves are made, of a quantized one arrays inside of leaves
+    leaves = _whole if quantize else _flat
+    goals: Any = leaves(target)
+    places: Any = leaves(shardings)
+
+    def finish(name: str, array: jax.Array) -> Any:
+        goal, place = goals[name], places[name]
+        if quantize is not None and isinstance(goal, Quantized):
+            made: Any = _quantizer(quantize, place.replace(dtype=array.dtype))(array)
+            return made.replace(dtype=goals[name].dtype)
+        if goal.dtype in NIBBLES:
+            return _unpacker(goal.dtype, place)(array)
+        return array.astype(goal.dtype)
+
+    as_stored = jax.tree.map(_fitting, _nested(_flat(placed)), stored)
+    loaded = leaves(load_tree(path / "params", stored, shardings=as_stored, finish=finish))
+    structure = jax.tree.structure(target, is_leaf=_is_quantized if quantize else None)
+    return jax.tree.unflatten(structure, [loaded[name] for name in goals])
+
+
+@functools.cache
+def _quantizer(quantization: Quantization, shardings: Any) -> Callable[[jax.Array], Quantized]:
+    return jax.jit(quantization.quantize, out_shardings=shardings)
+
+
+@functools.cache
+def _unpacker(dtype: np.dtype, place: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda packed: unpack(packed, dtype), out_shardings=place)
+
+
+def pack(array: np.ndarray) -> np.ndarray:
+    """4-bit integers [..., n] as uint8 [..., n / 2], the first of two in the low bits."""
+    nibbles = array.astype(np.int8).view(np.uint8) & 15
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+
+
+def unpack(packed: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `pack`."""
+    nibbles = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    if dtype == jnp.int4:
+        nibbles = (nibbles ^ 8).astype(jnp.int8) - 8
+    return nibbles.astype(dtype)
+
+
+def _expected(
+    path: epath.Path,
+    config: LlamaConfig,
+    stored: Params,
+    quantization: Quantization | None,
+    stands_for: np.dtype,
+) -> Params:
+    """The tree that is stored as `jax.ShapeDtypeStruct`s, in the leaf types of `quantization`.
+
+    Raises `UserError` naming the array that differs.
+    """
+    if quantization is None:
+        check_shapes(path, stored, param_shapes(config))
+        return _abstract(stored)
+    expected = abstract(config, quantization, stands_for)
+    form = _stored_form(expected)
+    check_shapes(path, stored, jax.tree.map(lambda leaf: leaf.shape, form))
+    found, form = _flat(stored), _flat(form)
+
+    def leaf(path_in_tree: tuple, leaf: Any) -> Any:
+        name = _name(path_in_tree)
+        if not isinstance(leaf, Quantized):
+            return jax.ShapeDtypeStruct(leaf.shape, found[name].dtype)
+        for inner, array in form.items():
+            if inner.startswith(f"{name}.") and found[inner].dtype != array.dtype:
+                raise UserError(
+                    f"{path}: {inner} is of {found[inner].dtype}, {QUANTIZATION} says {array.dtype}"
+                )
+        return leaf
+
+    return jax.tree.map_with_path(leaf, expected, is_leaf=_is_quantized)
+
+
+def _cast(tree: Params, dtype: Any) -> Params:
+    """An abstract tree whose plain leaves are of `dtype`, and whose quantized ones stand for it."""
+    if dtype is None:
+        return tree
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Quantized):
+            return leaf.replace(dtype=jnp.dtype(dtype))
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree.map(cast, tree, is_leaf=_is_quantized)
+
+
+def _one_for_all(shardings: Any, tree: Params) -> Any:
+    """A tree of shardings: `shardings` as it is, or one, by default the first device, for all."""
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda _: shardings, tree)
+    return shardings
+
+
+def _fitting(place: jax.sharding.Sharding, stored: Any) -> jax.sharding.Sharding:
+    """`place`, or a copy on every device where two values of a byte go to different ones."""
+    try:
+        place.shard_shape(tuple(stored.shape))
+    except ValueError:
+        assert isinstance(place, jax.sharding.NamedSharding)
+        return jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    return place
+
+
+def _refuse_straddling_groups(path: epath.Path, target: Params, shardings: Any) -> None:
+    """Raises `UserError` where a group of weights would lie on two devices.
+
+    Every product would then gather the weights from all of them.
+    """
+    places = _whole(shardings)
+    for name, leaf in _whole(target).items():
+        if not isinstance(leaf, Int4):
+            continue
+        split = places[name].values.shard_shape(leaf.shape)[-1]
+        group = leaf.shape[-1] // leaf.scale.shape[-1]
+        if split % group:
+            raise UserError(
+                f"{path}: the groups of {group} of {name} do not fit on devices that hold {split} "
+                f"of its {leaf.shape[-1]} inputs; quantize with --group-size "
+                f"{math.gcd(split, group)}, or split the model over fewer"
+            )
+
+
+def _refuse_large(
+    path: epath.Path, source: Params, placed: Any, target: Params, shardings: Any
+) -> None:
+    """Raises `UserError` where `target` does not fit, with the largest leaf of another source."""
+    needed: dict[Any, int] = collections.Counter()
+    for leaf, place in zip(jax.tree.leaves(target), jax.tree.leaves(shardings), strict=True):
+        for device in place.addressable_devices:
+            needed[device] += _shard_bytes(leaf, place, device)
+    if source is not target:
+        sizes: dict[Any, int] = collections.Counter()
+        for leaf, place in zip(jax.tree.leaves(source), jax.tree.leaves(placed), strict=True):
+            for device in place.addressable_devices:
+                sizes[device] = max(sizes[device], _shard_bytes(leaf, place, device))
+        for device, size in sizes.items():
+            needed[device] += size
+    refuse_small_memory(needed, str(path))
+
+
+def _shard_bytes(leaf: Any, place: jax.sharding.Sharding, device: Any) -> int:
+    bits = jax.dtypes.itemsize_bits(leaf.dtype)
+    if device.platform == "cpu":
+        bits = max(bits, 8)
+    return math.prod(place.shard_shape(tuple(leaf.shape))) * bits // 8
+
+
+def refuse_small_memory(needed: Mapping[Any, int], what: str) -> None:
+    """Raises `UserError` unless every device, the key, has `needed` bytes left for `what`.
+
+    Devices that are CPUs share the memory of this machine. A device that does not tell what it
+    has passes.
+    """
+    on_host = sum(size for device, size in needed.items() if device.platform == "cpu")
+    if on_host and (free := _host_memory()) is not None and on_host > free:
+        raise _too_small(what, on_host, "this machine", free)
+    for device, size in needed.items():
+        if device.platform != "cpu" and (stats := device.memory_stats()):
+            free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+            if size > free:
+                raise _too_small(what, size, str(device), int(free))
+
+
+def _too_small(what: str, needed: int, where: str, free: int) -> UserError:
+    return UserError(
+        f"{what} needs {_size(needed)} of memory, {where} has {_size(free)} left; split it over "
+        "more devices with --mesh, or make it smaller with --quantize or --dtype"
+    )
+
+
+def _host_memory() -> int | None:
+    """Bytes of memory that can be had on this machine; None where it does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def check_shapes(path: str | os.PathLike, stored: Params, expected: dict[str, Any]) -> None:
@@ -247,18 +523,29 @@ def save_tree(
     """Writes a tree of arrays and `LazyArray`s as an Orbax checkpoint, one leaf at a time."""
     import orbax.checkpoint as ocp
 
-    def lazy(leaf: Any) -> LazyArray:
-        if isinstance(leaf, LazyArray):
-            return leaf
-        if isinstance(leaf, jax.Array):  # a copy, because an array keeps what asarray fetches
-            return LazyArray(leaf.shape, leaf.dtype, lambda: np.asarray(leaf.copy()))
-        return LazyArray(leaf.shape, leaf.dtype, lambda: leaf)
-
-    tree = jax.tree.map(lazy, tree)
+    tree = _stored_form(tree)
     chunks = None if _is_local(directory) else REMOTE_CHUNK_BYTES
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks), tree)
     with _quiet(), ocp.Checkpointer(_handler(ocp, progress)) as checkpointer:
         checkpointer.save(directory, ocp.args.PyTreeSave(tree, save_args))
+
+
+def _stored_form(tree: Params) -> dict[str, Any]:
+    """Nested dicts of `LazyArray`s, as they are stored: quantized leaves are dicts themselves."""
+
+    def lazy(leaf: Any) -> LazyArray:
+        shape, dtype = tuple(leaf.shape), leaf.dtype
+        if isinstance(leaf, LazyArray):
+            read = leaf.read
+        elif isinstance(leaf, jax.Array):  # a copy, because an array keeps what asarray fetches
+            read = lambda: np.asarray(leaf.copy())  # noqa: E731
+        else:
+            read = lambda: leaf  # noqa: E731
+        if dtype not in NIBBLES:
+            return LazyArray(shape, dtype, read)
+        return LazyArray((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8), lambda: pack(read()))
+
+    return _nested({name: lazy(leaf) for name, leaf in _flat(tree).items()})
 
 
 def open_tree(directory: epath.Path) -> Params:
@@ -282,37 +569,57 @@ def open_tree(directory: epath.Path) -> Params:
 
 
 def load_tree(
-    directory: epath.Path, stored: Params, *, dtype: Any = None, shardings: Any = None
+    directory: epath.Path,
+    stored: Params,
+    *,
+    dtype: Any = None,
+    shardings: Any = None,
+    finish: Callable[[str, jax.Array], Any] | None = None,
 ) -> dict[str, Any]:
-    """Puts the leaves `stored = open_tree(directory)` on their devices, cast to `dtype`."""
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _, one=shardings: one, stored)
-    if not all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(stored)):
+    """Puts the leaves `stored = open_tree(directory)` on their devices, cast to `dtype`.
+
+    Of each array there `finish(name, array)` makes the leaf of the result; few are there at once.
+    """
+    shardings = _one_for_all(shardings, stored)
+
+    def made(path: tuple, array: jax.Array) -> Any:
+        return array if finish is None else jax.block_until_ready(finish(_name(path), array))
+
+    def put(path: tuple, host: np.ndarray, place: jax.sharding.Sharding) -> Any:
+        array = jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+        if dtype is not None:
+            array = jax.block_until_ready(array.astype(dtype))
+        return made(path, array)
+
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(stored)):
+        return jax.tree.map_with_path(put, stored, shardings)
+    if finish is None:
         return _restore(directory, stored, dtype, shardings)
-
-    def put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-        array = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-        return array if dtype is None else jax.block_until_ready(array.astype(dtype))
-
-    return jax.tree.map(put, stored, shardings)
+    tree = {}
+    for key in stored:  # a layer at a time
+        part = _restore(directory, {key: stored[key]}, dtype, {key: shardings[key]})
+        tree |= jax.tree.map_with_path(made, part)
+    return tree
 
 
 def _restore(directory: epath.Path, stored: Params, dtype: Any, shardings: Any) -> Params:
-    """`load_tree` by Orbax itself, for remote directories and foreign layouts."""
+    """`load_tree` by Orbax itself, for remote directories and foreign layouts.
+
+    `stored` may be a part of what the directory holds.
+    """
     import orbax.checkpoint as ocp
 
-    def arguments(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> Any:
+    def how(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> Any:
         target = leaf.dtype if dtype is None else dtype
         return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape, dtype=target
+            restore_type=jax.Array, sharding=place, global_shape=leaf.shape, dtype=target
         )
 
-    restore_args = jax.tree.map(arguments, stored, shardings)
+    restore_args = jax.tree.map(how, stored, shardings)
+    arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore=True)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with _quiet(), _damage_is_user_error(directory), checkpointer:
-        return checkpointer.restore(directory, ocp.args.PyTreeRestore(restore_args=restore_args))
+        return checkpointer.restore(directory, arguments)
 
 
 def _map_array(directory: epath.Path) -> np.ndarray | None:
@@ -375,10 +682,36 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": x} as {"a": {"b": x}}."""
+    return nested({name.replace(".", "/"): leaf for name, leaf in leaves.items()})
+
+
 def _flat(tree: Params) -> dict[str, Any]:
-    """{"layers_0.mlp.up.kernel": leaf, ...}, the names that Orbax gives to the arrays."""
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: isinstance(node, tuple))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    """{"layers_0.mlp.up.kernel": array, ...}, the names that Orbax gives to the arrays."""
+    return _by_name(tree, lambda node: isinstance(node, tuple))
+
+
+def _whole(tree: Params) -> dict[str, Any]:
+    """`_flat`, but with quantized leaves as they are."""
+    return _by_name(tree, _is_quantized)
+
+
+def _by_name(tree: Params, is_leaf: Callable[[Any], bool]) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
+
+
+def _stands_for(params: Params) -> np.dtype:
+    leaves = _whole(params).values()
+    return next(leaf.dtype for leaf in leaves if isinstance(leaf, Int8 | Int4))
 
 
 def _what_instead(path: epath.Path) -> str:

@@ -2,18 +2,45 @@
 
 A quantized leaf stands for a kernel [out, in] or a table [V, D] and has its `shape` and `dtype`.
 `dot` and `rows` take plain arrays and quantized leaves alike, so the model never asks which it
-holds. Scales are applied after the product, where the kind permits: no dequantized weight is ever
-as large as a weight.
+holds. Scales are applied after the product, where the kind permits. Quantized weights are
+constants: `dot` has a gradient with respect to `x` alone.
+
+  int8      weights of int8, a scale for each row
+  w8a8      these, times activations that become int8 token by token
+  llm_int8  w8a8, but features of the activations with outliers stay as they are (arXiv 2208.07339)
+  int4      weights from -7 to 7, a scale for each group along a row
+  nf4       weights of 16 levels that suit a normal distribution, by groups (arXiv 2305.14314)
+
+Quantizing uses products, comparisons and reciprocals only, because XLA rewrites other divisions:
+the result is the same bit for bit under `jit`, outside of it, and in NumPy.
 """
 
-from dataclasses import dataclass
+import functools
+import math
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from llama_jax.errors import UserError
+
 Params = Any  # nested dicts of arrays and quantized leaves
+
+GROUP_SIZE = 64  # of int4 and nf4
+DOUBLE_BLOCK = 256  # scales of nf4 that share a mean and a scale, at most
+OUTLIER = 6.0  # magnitude from which llm_int8 keeps a feature
+SMALLEST_SCALE = 2.0**-100  # less is 0: processors differ in what they do with subnormal numbers
+
+# Quantiles of the normal distribution, 0 exactly (arXiv 2305.14314, appendix E).
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 class Quantized(struct.PyTreeNode):
@@ -27,9 +54,20 @@ class Quantized(struct.PyTreeNode):
     def shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 
+    def dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The array that this stands for, in `dtype`."""
+        raise NotImplementedError
+
     def dot(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """`x` [..., in] times the transposed kernel: [..., out] in `dtype`."""
         raise NotImplementedError
+
+    def dot_transposed(self, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """`y` [..., out] times the kernel: [..., in] in `dtype`."""
+        product = jnp.einsum(
+            "...o,oi->...i", y, self.dequantize(y.dtype), preferred_element_type=jnp.float32
+        )
+        return product.astype(dtype)
 
     def rows(self, index: jax.Array) -> jax.Array:
         """Rows of the table, dequantized: [*index.shape, D]."""
@@ -55,11 +93,21 @@ class Int8(Quantized):
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
+    def dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return (self.values.astype(jnp.float32) * self.scale[..., None]).astype(dtype)
+
     def dot(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         y = jnp.einsum(
             "...i,oi->...o", x, self.values.astype(x.dtype), preferred_element_type=jnp.float32
         )
         return (y * _like(self.scale, y)).astype(dtype)
+
+    def dot_transposed(self, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        scaled = (y.astype(jnp.float32) * _like(self.scale, y)).astype(y.dtype)
+        product = jnp.einsum(
+            "...o,oi->...i", scaled, self.values.astype(y.dtype), preferred_element_type=jnp.float32
+        )
+        return product.astype(dtype)
 
     def rows(self, index: jax.Array) -> jax.Array:
         rows = self.values[index].astype(jnp.float32) * self.scale[index][..., None]
@@ -76,21 +124,192 @@ class W8A8(Int8):
         return y.astype(dtype)
 
 
-KINDS: dict[str, type[Quantized]] = {"int8": Int8, "w8a8": W8A8}
+class LLMInt8(W8A8):
+    """W8A8, except for the features in which any token has an outlier (arXiv 2208.07339).
+
+    Those are multiplied in the dtype of the activations. Which they are changes with every token
+    while shapes are static, so they are masked; without outliers there is no second product.
+    """
+
+    def dot(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        has_outlier = jnp.any(jnp.abs(x) >= OUTLIER, axis=tuple(range(x.ndim - 1)))
+        mask = _like(has_outlier, x)
+        y = super().dot(jnp.where(mask, 0, x), jnp.float32)
+
+        def outliers() -> jax.Array:
+            return Int8.dot(self, jnp.where(mask, x, 0), jnp.float32)
+
+        rest = jax.lax.cond(jnp.any(has_outlier), outliers, lambda: jnp.zeros_like(y))
+        return (y + rest).astype(dtype)
+
+
+class Int4(Quantized):
+    """Symmetric int4, one scale for each group of neighbours along the last axis.
+
+    The scale is the largest magnitude / 7, rounded to bfloat16.
+    """
+
+    values: jax.Array  # int4 [out, in]
+    scale: Any  # bfloat16 [out, in / group]
+    dtype: Any = struct.field(pytree_node=False)  # of the array that it stands for
+
+    @classmethod
+    def quantize(cls, array: jax.Array, group_size: int | None = None) -> Self:
+        groups = _grouped(array.astype(jnp.float32), group_size)
+        scale = _scale(groups, 7).astype(jnp.bfloat16)
+        values = jnp.clip(jnp.round(groups * _inverse(scale)[..., None]), -7, 7)
+        return cls(values.reshape(array.shape).astype(jnp.int4), scale, jnp.dtype(array.dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def levels(self, values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """What stored values stand for, before they are scaled."""
+        return values.astype(dtype)
+
+    def scales(self, index: Any = slice(None)) -> jax.Array:
+        """float32 scales of all rows or of some."""
+        return self.scale[index].astype(jnp.float32)
+
+    def dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        return self._scaled(self.values, self.scales()).astype(dtype)
+
+    def _scaled(self, values: jax.Array, scales: jax.Array) -> jax.Array:
+        groups = self.levels(values, jnp.float32).reshape(*scales.shape, -1)
+        return (groups * scales[..., None]).reshape(values.shape)
+
+    def dot(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        y = jnp.einsum(
+            "...i,oi->...o", x, self.dequantize(x.dtype), preferred_element_type=jnp.float32
+        )
+        return y.astype(dtype)
+
+    def rows(self, index: jax.Array) -> jax.Array:
+        return self._scaled(self.values[index], self.scales(index)).astype(self.dtype)
+
+
+class Scales(struct.PyTreeNode):
+    """Scales [out, n] as int8, by blocks of at most 256 rows of a column, less their mean.
+
+    The blocks go down the columns because one along a row would be longer than the row. Their
+    length is a power of two, by which the mean is exact in any order of operations but the sum's.
+    """
+
+    values: jax.Array  # int8 [out, n]
+    step: jax.Array  # float32 [out / block, n]
+    mean: jax.Array  # float32 [out / block, n]
+
+    @classmethod
+    def quantize(cls, scale: jax.Array) -> Self:
+        out, n = scale.shape
+        blocks = scale.reshape(-1, math.gcd(out, DOUBLE_BLOCK), n)
+        mean = _sum(blocks, axis=1) * np.float32(1 / blocks.shape[1])
+        centred = blocks - mean[:, None]
+        step = _scale(jnp.swapaxes(centred, 1, 2), 127)
+        values = jnp.round(centred * _inverse(step)[:, None])
+        return cls(values.reshape(out, n).astype(jnp.int8), step, mean)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def rows(self, index: jax.Array) -> jax.Array:
+        """Rows [*index.shape, n], float32."""
+        block = index // (len(self.values) // len(self.step))
+        return self.values[index].astype(jnp.float32) * self.step[block] + self.mean[block]
+
+    def dequantize(self) -> jax.Array:
+        """float32 [out, n]"""
+        out, n = self.shape
+        blocks = self.values.reshape(len(self.step), -1, n).astype(jnp.float32)
+        return (blocks * self.step[:, None] + self.mean[:, None]).reshape(out, n)
+
+
+class NF4(Int4):
+    """NormalFloat of 4 bits: the nearest of `NF4_LEVELS` times the largest magnitude of a group.
+
+    `double` quantizes the scales in turn (`Scales`), which saves 0.37 bits a weight.
+    """
+
+    values: jax.Array  # uint4 [out, in], indices of levels
+    scale: Any  # float32 [out, in / group], or `Scales`
+
+    @classmethod
+    def quantize(
+        cls, array: jax.Array, group_size: int | None = None, double: bool = False
+    ) -> Self:
+        groups = _grouped(array.astype(jnp.float32), group_size)
+        scale = _scale(groups, 1)
+        relative = (groups * _inverse(scale)[..., None]).reshape(array.shape)
+        levels = np.array(NF4_LEVELS, np.float32)
+        between = (levels[1:] + levels[:-1]) / 2
+        values = sum((relative > edge).astype(jnp.uint8) for edge in between)
+        values = jnp.asarray(values).astype(jnp.uint4)
+        return cls(values, Scales.quantize(scale) if double else scale, jnp.dtype(array.dtype))
+
+    def levels(self, values: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        # Selecting by bits rather than a lookup: TPUs have no fast gather.
+        values = values.astype(jnp.uint8)
+        levels: list[Any] = [jnp.asarray(level, dtype) for level in NF4_LEVELS]
+        for bit in range(4):
+            is_set = (values >> bit) & 1 == 1
+            levels = [
+                jnp.where(is_set, odd, even)
+                for even, odd in zip(levels[::2], levels[1::2], strict=True)
+            ]
+        return levels[0]
+
+    def scales(self, index: Any = slice(None)) -> jax.Array:
+        if isinstance(self.scale, Scales):
+            is_all = isinstance(index, slice)
+            return self.scale.dequantize() if is_all else self.scale.rows(index)
+        return self.scale[index]
+
+
+KINDS: dict[str, type[Quantized]] = {
+    "int8": Int8,
+    "w8a8": W8A8,
+    "llm_int8": LLMInt8,
+    "int4": Int4,
+    "nf4": NF4,
+}
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a model are quantized."""
+    """How the weights of a model are quantized. Raises `UserError` for what no kind knows."""
 
     kind: str  # one of KINDS
     embeddings: bool = False  # the embedding and the head as well
+    group_size: int | None = None  # of int4 and nf4; None is 64 or, where needed, a bit less
+    double_quantization: bool = False  # of nf4
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(
+                f"quantization {self.kind!r} is unknown; choose from {', '.join(KINDS)}"
+            )
+        if self.group_size is not None and self.kind not in ("int4", "nf4"):
+            raise UserError(f"{self.kind} has no group size; leave it out, or take int4 or nf4")
+        if self.group_size is not None and self.group_size < 2:
+            raise UserError(f"group size is {self.group_size}, expected one such as 32, 64 or 128")
+        if self.double_quantization and self.kind != "nf4":
+            raise UserError(f"{self.kind} has no double quantization; leave it out, or take nf4")
 
     def __call__(self, params: Params) -> Params:
         """`params` with the kernels (and tables) quantized; runs under `jit` and `eval_shape`."""
 
         def leaf(path: tuple, array: Any) -> Any:
-            return KINDS[self.kind].quantize(array) if self.covers(path) else array
+            if not self.covers(path):
+                return array
+            if self.group_size and array.shape[-1] % self.group_size:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise UserError(
+                    f"group size {self.group_size} does not divide the {array.shape[-1]} inputs "
+                    f"of {name}; {_divisor(array.shape[-1], self.group_size)} does"
+                )
+            return self.quantize(array)
 
         return jax.tree.map_with_path(leaf, params)
 
@@ -101,6 +320,18 @@ class Quantization:
             return self.embeddings
         return name == "kernel"
 
+    def quantize(self, array: jax.Array) -> Quantized:
+        """One leaf."""
+        kind: Any = KINDS[self.kind]
+        if kind is Int4:
+            return Int4.quantize(array, self.group_size)
+        if kind is NF4:
+            return NF4.quantize(array, self.group_size, self.double_quantization)
+        return kind.quantize(array)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 [..., n] and float32 scales [...] such that values * scale is nearest to x.
@@ -108,9 +339,8 @@ def quantize_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     A vector of zeros has scale 0. Rounds to the nearest, ties to even.
     """
     x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1) / 127
-    values = jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None])
-    return values.astype(jnp.int8), scale
+    scale = _scale(x, 127)
+    return jnp.round(x * _inverse(scale)[..., None]).astype(jnp.int8), scale
 
 
 def dot(
@@ -118,8 +348,29 @@ def dot(
 ) -> jax.Array:
     """`x` [..., in] times the transposed `kernel` [out, in]: [..., out] in `dtype` (that of x)."""
     if isinstance(kernel, Quantized):
-        return kernel.dot(x, dtype or x.dtype)
+        return _dot(x, kernel, jnp.dtype(dtype or x.dtype), x.dtype)
     return jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot(x: jax.Array, kernel: Quantized, dtype: Any, x_dtype: Any) -> jax.Array:
+    """`kernel.dot`, whose gradient is that of the product with the dequantized kernel.
+
+    Written down because the derivative of rounding is 0 (w8a8), and so that what is kept for the
+    gradient is the kernel as it is, not a dequantized one.
+    """
+    return kernel.dot(x, dtype)
+
+
+def _dot_forward(x: jax.Array, kernel: Quantized, dtype: Any, x_dtype: Any) -> tuple:
+    return kernel.dot(x, dtype), kernel
+
+
+def _dot_backward(dtype: Any, x_dtype: Any, kernel: Quantized, gradient: jax.Array) -> tuple:
+    return kernel.dot_transposed(gradient, x_dtype), None
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
 
 
 def rows(table: jax.Array | Quantized, index: jax.Array) -> jax.Array:
@@ -130,3 +381,34 @@ def rows(table: jax.Array | Quantized, index: jax.Array) -> jax.Array:
 def _like(vector: jax.Array, y: jax.Array) -> jax.Array:
     """[out] as [1, ..., out] with the rank of y."""
     return jnp.expand_dims(vector, range(y.ndim - 1))
+
+
+def _scale(x: jax.Array, most: int) -> jax.Array:
+    """The scale of each vector along the last axis at which its largest magnitude is `most`."""
+    scale = jnp.max(jnp.abs(x), axis=-1) * np.float32(1 / most)
+    return jnp.where(scale < SMALLEST_SCALE, 0, scale)
+
+
+def _inverse(scale: jax.Array) -> jax.Array:
+    """1 / scale, and 0 of 0."""
+    scale = scale.astype(jnp.float32)
+    return jnp.where(scale == 0, 0, 1 / jnp.where(scale == 0, 1, scale))
+
+
+def _grouped(x: jax.Array, group_size: int | None) -> jax.Array:
+    """[out, in] as [out, in / group, group]."""
+    size = _divisor(x.shape[-1], GROUP_SIZE) if group_size is None else group_size
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of `n` that is at most `most`."""
+    return max(size for size in range(1, min(n, most) + 1) if n % size == 0)
+
+
+def _sum(x: jax.Array, axis: int) -> jax.Array:
+    """The sum along an axis whose length is a power of two, in one order: halves are added."""
+    while x.shape[axis] > 1:
+        low, high = jnp.split(x, 2, axis)
+        x = low + high
+    return x.squeeze(axis)
