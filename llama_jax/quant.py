@@ -18,7 +18,7 @@ the result is the same bit for bit under `jit`, outside of it, and in NumPy.
 import functools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ Params = Any  # nested dicts of arrays and quantized leaves
 
 GROUP_SIZE = 64  # of int4 and nf4
 DOUBLE_BLOCK = 256  # scales of nf4 that share a mean and a scale, at most
+FEW_TOKENS = 32  # so many as a step of decoding has
+MOST_BLOCKS = 512  # tokens times groups
 OUTLIER = 6.0  # magnitude from which llm_int8 keeps a feature
 SMALLEST_SCALE = 2.0**-100  # less is 0: processors differ in what they do with subnormal numbers
 
@@ -152,6 +154,7 @@ class Int4(Quantized):
     values: jax.Array  # int4 [out, in]
     scale: Any  # bfloat16 [out, in / group]
     dtype: Any = struct.field(pytree_node=False)  # of the array that it stands for
+    tokens_in_one_loop: ClassVar[int] = 8  # of which GPUs make one
 
     @classmethod
     def quantize(cls, array: jax.Array, group_size: int | None = None) -> Self:
@@ -180,10 +183,52 @@ class Int4(Quantized):
         return (groups * scales[..., None]).reshape(values.shape)
 
     def dot(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-        y = jnp.einsum(
-            "...i,oi->...o", x, self.dequantize(x.dtype), preferred_element_type=jnp.float32
-        )
+        """See the base class.
+
+        Scales differ along the sum, so no compiler takes them out of it. The product with the
+        dequantized kernel writes that to memory, which is no matter where there are many tokens;
+        for few there is a form for each platform that reads the values as they are.
+        """
+        tokens = math.prod(x.shape[:-1])
+        forms = {}
+        if tokens <= FEW_TOKENS:
+            blocks = tokens * self.scale.shape[-1] <= MOST_BLOCKS and not _is_split()
+            forms["tpu"] = type(self)._dot_blocks if blocks else type(self)._dot_groups
+        if tokens <= self.tokens_in_one_loop:
+            forms["cuda"] = type(self)._dot_loop
+        y = jax.lax.platform_dependent(self, x, default=type(self)._dot_dequantized, **forms)
         return y.astype(dtype)
+
+    def _dot_dequantized(self, x: jax.Array) -> jax.Array:
+        kernel = self.dequantize(x.dtype)
+        return jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=jnp.float32)
+
+    def _dot_loop(self, x: jax.Array) -> jax.Array:
+        """A product and a sum, which compilers for GPUs make one loop."""
+        kernel = jnp.expand_dims(self.dequantize(jnp.float32), range(x.ndim - 1))
+        return jnp.sum(kernel * x[..., None, :].astype(jnp.float32), axis=-1)
+
+    def _dot_groups(self, x: jax.Array) -> jax.Array:
+        """One product for each group, then the scales."""
+        flat = _at_least_8(x.reshape(-1, x.shape[-1]))
+        kernel = self.levels(self.values, x.dtype).reshape(*self.scale.shape, -1)
+        groups = flat.reshape(len(flat), self.scale.shape[-1], -1)
+        sums = jnp.einsum("bgi,ogi->bgo", groups, kernel, preferred_element_type=jnp.float32)
+        return self._sum_groups(sums, x)
+
+    def _dot_blocks(self, x: jax.Array) -> jax.Array:
+        """`_dot_groups` as one product: a row for each token and group, 0 outside of the group."""
+        flat, n = x.reshape(-1, x.shape[-1]), self.scale.shape[-1]
+        own = jnp.repeat(jnp.eye(n, dtype=x.dtype), x.shape[-1] // n, axis=1)
+        blocks = (flat[:, None] * own[None]).reshape(-1, x.shape[-1])
+        kernel = self.levels(self.values, x.dtype)
+        sums = jnp.einsum("bi,oi->bo", blocks, kernel, preferred_element_type=jnp.float32)
+        return self._sum_groups(sums.reshape(len(flat), n, -1), x)
+
+    def _sum_groups(self, sums: jax.Array, x: jax.Array) -> jax.Array:
+        """[tokens, groups, out] as [..., out]."""
+        y = jnp.einsum("bgo,og->bo", sums, self.scales())
+        return y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], -1)
 
     def rows(self, index: jax.Array) -> jax.Array:
         return self._scaled(self.values[index], self.scales(index)).astype(self.dtype)
@@ -234,6 +279,7 @@ class NF4(Int4):
 
     values: jax.Array  # uint4 [out, in], indices of levels
     scale: Any  # float32 [out, in / group], or `Scales`
+    tokens_in_one_loop: ClassVar[int] = 1
 
     @classmethod
     def quantize(
@@ -381,6 +427,17 @@ def rows(table: jax.Array | Quantized, index: jax.Array) -> jax.Array:
 def _like(vector: jax.Array, y: jax.Array) -> jax.Array:
     """[out] as [1, ..., out] with the rank of y."""
     return jnp.expand_dims(vector, range(y.ndim - 1))
+
+
+def _at_least_8(x: jax.Array) -> jax.Array:
+    """[tokens, in], padded to 8 rows: TPUs multiply fewer without their matrix unit."""
+    return jnp.pad(x, ((0, max(0, 8 - len(x))), (0, 0)))
+
+
+def _is_split() -> bool:
+    """Whether weights may lie on several devices (`llama_jax.sharding.use`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
 
 
 def _scale(x: jax.Array, most: int) -> jax.Array:
