@@ -200,10 +200,8 @@ def save_model(
     tree; `quantization` is how its quantized leaves were made. `tokenizer` is a file, copied as `tokenizer` and its suffix. `progress(name, bytes)` is
     called once a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
     """
-    stored = _stored_form(params)
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
-    with new_directory(path, needed) as staging:
-        save_tree(staging / "params", stored, progress)
+    with new_directory(path, stored_bytes(params)) as staging:
+        save_tree(staging / "params", params, progress)
         if tokenizer is not None:
             tokenizer = epath.Path(tokenizer)
             tokenizer.copy(staging / f"tokenizer{tokenizer.suffix}")
@@ -528,6 +526,11 @@ def save_tree(
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks), tree)
     with _quiet(), ocp.Checkpointer(_handler(ocp, progress)) as checkpointer:
         checkpointer.save(directory, ocp.args.PyTreeSave(tree, save_args))
+
+
+def stored_bytes(tree: Params) -> int:
+    """How many bytes `save_tree` writes for these parameters."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(_stored_form(tree)))
 
 
 def _stored_form(tree: Params) -> dict[str, Any]:

@@ -320,6 +320,7 @@ KINDS: dict[str, type[Quantized]] = {
     "int4": Int4,
     "nf4": NF4,
 }
+GROUPED = ("int4", "nf4")  # kinds that have a group size
 
 
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ class Quantization:
             raise UserError(
                 f"quantization {self.kind!r} is unknown; choose from {', '.join(KINDS)}"
             )
-        if self.group_size is not None and self.kind not in ("int4", "nf4"):
+        if self.group_size is not None and self.kind not in GROUPED:
             raise UserError(f"{self.kind} has no group size; leave it out, or take int4 or nf4")
         if self.group_size is not None and self.group_size < 2:
             raise UserError(f"group size is {self.group_size}, expected one such as 32, 64 or 128")
