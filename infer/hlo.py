@@ -15,8 +15,8 @@ What counts:
   A loop counts as often as it runs if that can be known, otherwise once: one step. Of a
   conditional the branch with the most traffic counts.
   Sizes are logical; `padded_hbm_bytes` counts the tiles that TPUs store ([.., 64] takes 128 lanes).
-Out of scope: caches of CPUs and GPUs, and what a custom call does inside. A custom call counts by
-the cost estimate that its author gave, or by its operands and results.
+Out of scope: caches of CPUs and GPUs, and what a custom call does inside. It counts by its operands
+and results, each once, and its operations by the estimate that its author gave.
 """
 
 import dataclasses
@@ -24,9 +24,12 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
+
+import numpy as np
 
 COLLECTIVES = (
     "all-reduce",
@@ -363,9 +366,17 @@ class Cost:
     overflowed: tuple[str, ...] = ()  # instructions whose estimate is no number of cycles
     temporaries: tuple[Temporary, ...] = ()  # largest first
 
-    def __add__(self, other: "Cost") -> "Cost":
-        merged = {name: _merge(getattr(self, name), getattr(other, name)) for name in _FIELDS}
-        return Cost(**merged)
+    @classmethod
+    def sum(cls, costs: Iterable["Cost"]) -> "Cost":
+        costs = list(costs)
+
+        def total(values: list[Any]) -> Any:
+            if isinstance(values[0], int):
+                return sum(values)
+            return _merge(values) if isinstance(values[0], dict) else tuple(chain(*values))
+
+        columns = {name: [getattr(cost, name) for cost in (cls(), *costs)] for name in _FIELDS}
+        return cls(**{name: total(values) for name, values in columns.items()})
 
     def times(self, n: int) -> "Cost":
         """The cost of n executions; lists name what is in each."""
@@ -383,10 +394,12 @@ class Cost:
 _FIELDS = tuple(f.name for f in dataclasses.fields(Cost))
 
 
-def _merge(a: Any, b: Any) -> Any:
-    if isinstance(a, dict):
-        return {kind: a.get(kind, Work()) + b.get(kind, Work()) for kind in {**a, **b}}
-    return a + b
+def _merge(works: Iterable[Mapping[str, Work]]) -> dict[str, Work]:
+    merged: dict[str, Work] = {}
+    for work in works:
+        for kind, more in work.items():
+            merged[kind] = merged.get(kind, Work()) + more
+    return merged
 
 
 def analyze(text: str) -> Cost:
@@ -400,10 +413,8 @@ def analyze(text: str) -> Cost:
 
 
 def _cost(module: Module, computation: Computation) -> Cost:
-    total = Cost()
-    for instruction in computation.instructions.values():
-        total += _cost_of(module, computation, instruction)
-    return total
+    instructions = computation.instructions.values()
+    return Cost.sum(_cost_of(module, computation, instruction) for instruction in instructions)
 
 
 def _cost_of(module: Module, computation: Computation, instruction: Instruction) -> Cost:
@@ -414,7 +425,7 @@ def _cost_of(module: Module, computation: Computation, instruction: Instruction)
         costs = [_cost(module, module.computations[name]) for name in instruction.called]
         if opcode == "conditional":
             return max(costs, key=lambda cost: (cost.hbm_bytes, cost.flops))
-        cost = sum(costs, Cost())
+        cost = Cost.sum(costs)
         if opcode != "while":
             return cost
         trips = _trips(module, computation, instruction)
@@ -461,9 +472,6 @@ def _traffic(
 ) -> int:
     if instruction.target == "AllocateBuffer":
         return 0
-    estimate = _find(instruction.config, "cost_estimate")
-    if instruction.opcode == "custom-call" and estimate and "bytes_accessed" in estimate:
-        return int(estimate["bytes_accessed"])
     total = 0
     for name in dict.fromkeys(instruction.operands):
         operand = computation.instructions.get(name)
@@ -647,9 +655,7 @@ def _collectives(
     opcode = instruction.opcode.removesuffix("-start")
     if opcode == "fusion":
         body = module.computations[instruction.called[0]]
-        kinds: dict[str, Work] = {}
-        for inner in body.instructions.values():
-            kinds = _merge(kinds, _collectives(module, body, inner))
+        kinds = _merge(_collectives(module, body, inner) for inner in body.instructions.values())
         # TPUs do a reduce-scatter as an all-reduce of which each chip keeps a slice.
         if set(kinds) == {"all-reduce"} and _keeps_slice(body):
             kinds = {"reduce-scatter": kinds["all-reduce"]}
@@ -748,11 +754,12 @@ def _positions(
 ) -> int:
     """How many pairs of an output and a kernel position of one axis meet an input element."""
     last = (size - 1) * lhs_dilate
-    return sum(
-        0 <= at <= last and at % lhs_dilate == 0
-        for o in range(out)
-        for at in range(o * stride - low, o * stride - low + kernel * rhs_dilate, rhs_dilate)
-    )
+    offsets = np.arange(kernel) * rhs_dilate - low
+    total = 0
+    for o in range(out):
+        at = offsets + o * stride
+        total += int(np.count_nonzero((at >= 0) & (at <= last) & (at % lhs_dilate == 0)))
+    return total
 
 
 def _numbers(braces: str) -> list[int]:

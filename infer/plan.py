@@ -172,7 +172,7 @@ class Compiled:
     def then(self, other: "Compiled", times: int) -> "Compiled":
         """This one, and the other so many times behind it."""
         return Compiled(
-            cost=self.cost + other.cost.times(times),
+            cost=hlo.Cost.sum((self.cost, other.cost.times(times))),
             argument_bytes=max(self.argument_bytes, other.argument_bytes),
             temp_bytes=max(self.temp_bytes, other.temp_bytes),
             total_bytes=max(self.total_bytes, other.total_bytes),
@@ -257,20 +257,24 @@ def plan(request: Request) -> dict[str, Any]:
             least(request.prompt_tokens, read=False),
             request.batch * request.prompt_tokens,
         ),
-        "decode": _program(request, compiled.get("decode"), least(1, read=True), request.batch),
+        "decode": _program(
+            request, compiled.get("decode"), least(1, read=True), request.batch, steps=True
+        ),
     }
 
 
-def _program(request: Request, program: Compiled | None, least: int, tokens: int) -> dict[str, Any]:
+def _program(
+    request: Request, program: Compiled | None, least: int, tokens: int, *, steps: bool = False
+) -> dict[str, Any]:
     """What is told of a program that makes or reads so many tokens, all chips together.
 
-    `hbm_bytes` of `decode` are those of a call of one step; of them `loop_hbm_bytes` recur with
-    each step, the others once a call. The rate is that of long calls.
+    `hbm_bytes` of `decode` are those of a call of one step; of them `step_hbm_bytes` recur with
+    each of its `steps`, the others once a call. The rate is that of long calls.
     """
     chip = request.chips.chip
     cost = program.cost if program else None
     flops = chip.int8_flops if request.quantize == "w8a8" else chip.bf16_flops
-    moved = (cost.open_loop_bytes or cost.hbm_bytes) if cost else least
+    moved = (_recurring(cost) if steps else cost.hbm_bytes) if cost else least
     seconds = max(moved / chip.bandwidth, cost.flops / flops if cost else 0)
 
     def by_kind(works: Any) -> dict[str, Any] | None:
@@ -278,7 +282,7 @@ def _program(request: Request, program: Compiled | None, least: int, tokens: int
 
     return {
         "hbm_bytes": cost and cost.hbm_bytes,
-        "loop_hbm_bytes": cost and cost.open_loop_bytes,
+        "step_hbm_bytes": _recurring(cost) if cost and steps else None,
         "padded_hbm_bytes": cost and cost.padded_hbm_bytes,
         "least_bytes": least,
         "argument_bytes": program and program.argument_bytes,
@@ -290,6 +294,11 @@ def _program(request: Request, program: Compiled | None, least: int, tokens: int
         "roofline_tokens_per_s": tokens / seconds,
         "compile_s": program and program.compile_s,
     }
+
+
+def _recurring(cost: hlo.Cost) -> int:
+    """Bytes in the loop over steps, or all of them if there is none."""
+    return cost.open_loop_bytes or cost.hbm_bytes
 
 
 def find(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
@@ -415,7 +424,7 @@ def _describe(program: dict[str, Any], chips: Slice) -> list[str]:
     rate = f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s"
     if program["hbm_bytes"] is None:
         return [f"  would take at least {_size(least)} a chip to and from memory", rate]
-    moved = program["loop_hbm_bytes"] or program["hbm_bytes"]
+    moved = program["step_hbm_bytes"] or program["hbm_bytes"]
     once = program["hbm_bytes"] - moved
     works = program["collectives"]
     kinds = ", ".join(f"{work['count']} {kind}" for kind, work in works.items()) or "none"
