@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax import kernels
+from llama_jax import decode_kernels, kernels
 from llama_jax.cache import Entries
-from llama_jax.sharding import spec
+from llama_jax.sharding import on_shards
 
 MASKED = -1e30  # its weight is exactly 0, as every query sees at least itself
 BLOCK = 512  # cached positions that the plain form reads at once for more than one query
@@ -70,7 +70,7 @@ def scores(q_BTKGH: jax.Array, k_BKSH: Any) -> jax.Array:
     keys = k_BKSH.values.astype(q_BTKGH.dtype) if quantized else k_BKSH
     products = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32)
     if quantized:
-        products *= k_BKSH.scale[:, :, None, None].astype(jnp.float32)
+        products *= k_BKSH.scale[:, :, None]
     return products * q_BTKGH.shape[-1] ** -0.5
 
 
@@ -88,7 +88,7 @@ def mix(
     transpose the whole cache instead of the small result.
     """
     if not isinstance(v_BKSH, jax.Array):
-        weights_BKGTS = weights_BKGTS * v_BKSH.scale[:, :, None, None].astype(jnp.float32)
+        weights_BKGTS = weights_BKGTS * v_BKSH.scale[:, :, None]
         v_BKSH = v_BKSH.values.astype(dtype)
     return jnp.einsum(
         "BKGTS,BKSH->BKGTH", weights_BKGTS.astype(dtype), v_BKSH, preferred_element_type=result
@@ -174,7 +174,8 @@ def _blockwise(q_BTNH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Ar
 def _fused(q_BTNH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
     """The kernels that take these shapes, by platform; none where the plain form is as good.
 
-    None takes an int8 cache: they know no scales, and a dequantized copy costs more than they save.
+    An int8 cache is for the kernel of our own: the others know no scales, and a dequantized copy
+    costs more than they save.
     """
     _, T, _, H = q_BTNH.shape
     dtype = q_BTNH.dtype
@@ -186,7 +187,10 @@ def _fused(q_BTNH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
             chosen["tpu"] = _splash_causal
             if kernels.cudnn_is_there():
                 chosen["cuda"] = _cudnn_causal
-    elif (T > 1 or _slots(cached) >= DECODE_ROOM) and isinstance(cached[0], jax.Array):
+    elif not isinstance(cached[0], jax.Array):
+        if T == 1 and decode_kernels.fits(*cached[0].shape[1:]):
+            chosen["tpu"] = _int8_step
+    elif T > 1 or _slots(cached) >= DECODE_ROOM:
         if kernels.splash_past_fits(q_BTNH, cached[0]):
             chosen["tpu"] = _splash
         if kernels.triton_past_fits(cached[0]):
@@ -207,27 +211,18 @@ def _on_shards(
 
     As in `llama_jax.sharding`, the queries of a cache are where its rows are.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel(q_BTNH, new, cached, length_B)
     rows = "batch" if cached is None else "cache_batch"
-    heads = rows, "kv_heads", None, None
+    queries = q_BTNH, (rows, None, "heads", None)
+    entries = rows, "kv_heads", None, None
+    arguments = queries, (new, entries), (cached, entries), (length_B, (rows,))
+    return on_shards(kernel, arguments, queries)
 
-    def specs(tree: Any, *axes: str | None) -> Any:
-        return jax.tree.map(lambda x: spec(x.shape, axes, mesh), tree)
 
-    queries = specs(q_BTNH, rows, None, "heads", None)
-    return jax.shard_map(
-        kernel,
-        in_specs=(
-            queries,
-            specs(new, *heads),
-            specs(cached, *heads),
-            specs(length_B, rows),
-        ),
-        out_specs=queries,
-        check_vma=False,  # Pallas does not say over which axes its results vary
-    )(q_BTNH, new, cached, length_B)
+def _int8_step(q_B1NH: jax.Array, new: Arrays, cached: Any, length_B: jax.Array) -> jax.Array:
+    keys, values = cached
+    arrays = keys.values, keys.scale, values.values, values.scale
+    k_BKH, v_BKH = (x_BK1H[:, :, 0] for x_BK1H in new)
+    return decode_kernels.attend(q_B1NH[:, 0], k_BKH, v_BKH, arrays, length_B)[:, None]
 
 
 def _splash_causal(q_BTNH: jax.Array, new: Arrays, *_: Any) -> jax.Array:

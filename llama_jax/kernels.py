@@ -154,8 +154,6 @@ def splash_past(
         small = jnp.int8 if max(B, S // size) < 128 else jnp.int32  # SMEM is scarce
         return jnp.broadcast_to(x[:, None, None], shape).reshape(B * K, *shape[2:]).astype(small)
 
-    # As XLA lays out a cache: heads narrower than a register would leave part of it empty.
-    layout = splash.QKVLayout.HEAD_DIM_MINOR if H % 128 == 0 else splash.QKVLayout.SEQ_MINOR
     inside = jnp.arange(size)[None] < length_B1 % size
     info = MaskInfo(
         data_next=table(fetch),
@@ -172,8 +170,6 @@ def splash_past(
             block_q=size_q,
             block_kv=size,
             block_kv_compute=min(size, CAUSAL_BLOCK if T > 1 else size),
-            k_layout=layout,
-            v_layout=layout,
         ),
         is_mqa=False,
         save_residuals=True,
