@@ -130,6 +130,16 @@ def _whole(
     return _ungrouped(out_BKGTH)
 
 
+def _slice(entries: Any, begin: jax.Array) -> Any:
+    """The slots from `begin` to `begin + BLOCK`; scales have them last."""
+    if isinstance(entries, jax.Array):
+        return jax.lax.dynamic_slice_in_dim(entries, begin, BLOCK, axis=2)
+    return entries.replace(
+        values=jax.lax.dynamic_slice_in_dim(entries.values, begin, BLOCK, axis=2),
+        scale=jax.lax.dynamic_slice_in_dim(entries.scale, begin, BLOCK, axis=3),
+    )
+
+
 def _blockwise(q_BTNH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Array) -> jax.Array:
     """The same, a block of the cache at a time, up to the longest row (arXiv 2205.14135).
 
@@ -147,9 +157,7 @@ def _blockwise(q_BTNH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Ar
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, total, largest = carry
         begin = jnp.minimum(i * BLOCK, S - BLOCK)  # the last block may begin within another
-        k_block, v_block = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, begin, BLOCK, axis=2), cached
-        )
+        k_block, v_block = (_slice(entries, begin) for entries in cached)
         slots_1S = begin + jnp.arange(BLOCK)[None]
         valid_BS = (slots_1S >= i * BLOCK) & (slots_1S < length_B[:, None])
         block_scores = jnp.where(valid_BS[:, None, None, None], scores(q_BTKGH, k_block), MASKED)
