@@ -123,7 +123,7 @@ def _axes(path: tuple, x: Any) -> tuple[str | None, ...]:
     """The logical axes of the array at this path of a `State`: only large ones are split."""
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
     if names[:2] == ["cache", "layers"]:
-        return kv.logical_axes(x)
+        return kv.LOGICAL_AXES
     return ("batch", "vocab") if names == ["seen"] else (None,) * x.ndim
 
 

@@ -9,12 +9,33 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llama_jax import decode_kernels
 from llama_jax.config import LlamaConfig
-from llama_jax.quant import Int8
-from llama_jax.sharding import constrain
+from llama_jax.quant import quantize_int8
+from llama_jax.sharding import constrain, on_shards
+
+
+class Int8Entries(struct.PyTreeNode):
+    """Keys or values of S positions as symmetric int8, one scale for each head and position.
+
+    The scales lie as the scores that they are multiplied with: positions last.
+    """
+
+    values: jax.Array  # int8 [B, K, S, H]
+    scale: jax.Array  # float32 [B, K, 1, S]
+
+    @classmethod
+    def quantize(cls, x_BKSH: jax.Array) -> "Int8Entries":
+        values, scale_BKS = quantize_int8(x_BKSH)
+        return cls(values, scale_BKS[:, :, None])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
 
 # Keys and values of T positions of one layer, [B, K, T, H].
-Entries = tuple[jax.Array | Int8, jax.Array | Int8]
+Entries = tuple[jax.Array | Int8Entries, jax.Array | Int8Entries]
 
 
 class KVCache(struct.PyTreeNode):
@@ -43,17 +64,16 @@ def init_cache(
     """
     shape = batch, config.n_kv_heads, capacity, config.head_dim
 
-    def empty() -> jax.Array | Int8:
+    def empty() -> jax.Array | Int8Entries:
         zeros = jnp.zeros(shape, dtype)
-        return Int8.quantize(zeros) if int8 else zeros
+        return Int8Entries.quantize(zeros) if int8 else zeros
 
     layers = tuple((empty(), empty()) for _ in range(config.n_layers))
     return KVCache(layers, jnp.zeros(batch, jnp.int32))
 
 
-def logical_axes(x: jax.Array) -> tuple[str | None, ...]:
-    """How an array of the cache, [B, K, ...], is split (`llama_jax.sharding`)."""
-    return "cache_batch", "kv_heads", *[None] * (x.ndim - 2)
+# How every array of the cache, [B, K, ...], is split (`llama_jax.sharding`).
+LOGICAL_AXES = "cache_batch", "kv_heads", None, None
 
 
 def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCache:
@@ -63,17 +83,53 @@ def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCa
 
       length [2, 5], T 3, lengths [3, 1] -> slots 2, 3, 4 of row 0 and slot 5 of row 1
     """
-    B, _, T, _ = new[0][0].shape
+    B, K, T, H = new[0][0].shape
+    S = cache.capacity
     steps_1T = jnp.arange(T)[None]
     valid_BT = steps_1T < lengths[:, None]
-    slots_BT = jnp.where(valid_BT, cache.length[:, None] + steps_1T, cache.capacity)
+    slots_BT = jnp.where(valid_BT, cache.length[:, None] + steps_1T, S)
     rows_B1 = jnp.arange(B)[:, None]
 
-    def write(old_BKSH, new_BKTH):
+    def write(old_BKSH: jax.Array, new_BKTH: jax.Array) -> jax.Array:
         new_BTKH = jnp.swapaxes(new_BKTH, 1, 2).astype(old_BKSH.dtype)
         written = old_BKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
-        return constrain(written, *logical_axes(written))
+        return constrain(written, *LOGICAL_AXES)
 
-    if isinstance(cache.layers[0][0], Int8):
-        new = jax.tree.map(Int8.quantize, new)
-    return KVCache(jax.tree.map(write, cache.layers, new), cache.length + lengths)
+    def write_int8(old: Int8Entries, new_BKTH: jax.Array) -> Int8Entries:
+        new = Int8Entries.quantize(new_BKTH)
+        new_BTK1 = jnp.moveaxis(new.scale, 3, 1)
+        scale = old.scale.at[rows_B1, :, :, slots_BT].set(new_BTK1, mode="drop")
+        return Int8Entries(write(old.values, new.values), constrain(scale, *LOGICAL_AXES))
+
+    def write_layer(old: Entries, new: Entries) -> Entries:
+        one = write_int8 if isinstance(old[0], Int8Entries) else write
+        return one(old[0], new[0]), one(old[1], new[1])
+
+    if T == 1 and isinstance(cache.layers[0][0], Int8Entries) and decode_kernels.fits(K, S, H):
+        slot_B = jnp.where(slots_BT[:, 0] < S, slots_BT[:, 0], -1)
+
+        def write_one(old: Entries, new: Entries) -> Entries:
+            return jax.lax.platform_dependent(
+                old,
+                new,
+                tpu=lambda old, new: _write_one(old, new, slot_B),
+                default=write_layer,
+            )
+
+        layers = map(write_one, cache.layers, new)
+    else:
+        layers = map(write_layer, cache.layers, new)
+    return KVCache(tuple(layers), cache.length + lengths)
+
+
+def _write_one(old: Entries, new: Entries, slot_B: jax.Array) -> Entries:
+    """The int8 entries `old` of a layer with one position written in place at `slot_B`, on TPU."""
+
+    def write(old: Entries, new: Entries, slot_B: jax.Array) -> Entries:
+        (keys, values), (k_BK1H, v_BK1H) = old, new
+        arrays = keys.values, keys.scale, values.values, values.scale
+        arrays = decode_kernels.append(arrays, k_BK1H[:, :, 0], v_BK1H[:, :, 0], slot_B)
+        return Int8Entries(*arrays[:2]), Int8Entries(*arrays[2:])
+
+    arguments = (old, LOGICAL_AXES), (new, LOGICAL_AXES), (slot_B, LOGICAL_AXES[:1])
+    return on_shards(write, arguments, (old, LOGICAL_AXES))

@@ -79,17 +79,19 @@ class Attention(nn.Module):
     def __call__(self, x_BTD, rotation, cached: Entries | None, length_B):
         N, K, H = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
 
+        # Beside a cache, all rows are multiplied where the kernel is, and attend where theirs lie.
+        rows, split = ("batch", "heads") if cached is None else ("cache_batch", "kv_heads")
+
         def heads(name, n):
-            y = Linear(n * H, name=name)(x_BTD)
+            y = constrain(Linear(n * H, name=name)(x_BTD), "batch", None, split)
             return y.reshape(*y.shape[:2], n, H)
 
-        batch = "batch" if cached is None else "cache_batch"  # queries travel to the cache
-        q_BTNH = constrain(rope.rotate(heads("q", N), rotation), batch, None, "heads", None)
-        k_BTKH = constrain(rope.rotate(heads("k", K), rotation), batch, None, "kv_heads", None)
-        v_BTKH = constrain(heads("v", K), batch, None, "kv_heads", None)
+        q_BTNH = constrain(rope.rotate(heads("q", N), rotation), rows, None, "heads", None)
+        k_BTKH = constrain(rope.rotate(heads("k", K), rotation), rows, None, "kv_heads", None)
+        v_BTKH = constrain(heads("v", K), rows, None, "kv_heads", None)
         new = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
         out = constrain(attend(q_BTNH, new, cached, length_B), "batch", None, "heads")
-        return constrain(Linear(self.config.dim, name="o")(out), "batch", None, None), new
+        return Linear(self.config.dim, name="o")(out), new
 
 
 class MLP(nn.Module):
@@ -101,7 +103,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate = nn.silu(Linear(self.config.mlp_dim, name="gate")(x_BTD))
         up = Linear(self.config.mlp_dim, name="up")(x_BTD)
-        return constrain(Linear(self.config.dim, name="down")(gate * up), "batch", None, None)
+        return Linear(self.config.dim, name="down")(gate * up)
 
 
 class Block(nn.Module):
@@ -111,13 +113,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, rotation, cached: Entries | None, length_B):
-        eps = self.config.norm_eps
+        def norm(name, x_BTD):
+            return whole(RMSNorm(self.config.norm_eps, name=name)(x_BTD))
+
         attention = Attention(self.config, name="attention")
-        mixed, new = attention(
-            RMSNorm(eps, name="attention_norm")(x_BTD), rotation, cached, length_B
-        )
-        x_BTD = x_BTD + mixed
-        return x_BTD + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x_BTD)), new
+        mixed, new = attention(norm("attention_norm", x_BTD), rotation, cached, length_B)
+        x_BTD = whole(x_BTD + mixed)
+        return whole(x_BTD + MLP(self.config, name="mlp")(norm("mlp_norm", x_BTD))), new
+
+
+def whole(x_BTD: jax.Array) -> jax.Array:
+    """Activations between two parts of a layer: every device has all of those of its rows."""
+    return constrain(x_BTD, "batch", None, None)
 
 
 class Llama(nn.Module):

@@ -6,16 +6,16 @@ partial results twice and nothing else crosses devices. Mesh axes:
 
   data    rows of the batch
   tensor  KV heads, and with them query heads, feed-forward and vocabulary
-  query   where there are more devices than KV heads: the query heads that share a KV head, and
-          everything else that `tensor` splits once more. K and V kernels are copied over it. The
-          cache is not: its rows are spread over it, and queries travel to the cache.
+  query   where there are more devices than KV heads: all that `tensor` splits is split once more,
+          except for the kernels of queries, keys and values. These are copied over it, and in a
+          decode step each device attends for its part of the rows, whose cache it holds.
 
 A user asks for `data=2,tensor=16`; `make_mesh` makes `query` of what exceeds the KV heads.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
 PARAMS: dict[tuple[str, str], tuple[str | None, ...]] = {
     ("embed", "embedding"): ("vocab", None),
     ("head", "kernel"): ("vocab", None),
-    ("q", "kernel"): ("heads", None),
+    ("q", "kernel"): ("kv_heads", None),
     ("k", "kernel"): ("kv_heads", None),
     ("v", "kernel"): ("kv_heads", None),
     ("o", "kernel"): (None, "heads"),
@@ -144,6 +144,32 @@ def mesh_of(params: Any) -> Mesh | None:
     """The mesh that the parameters lie on; None on a single device."""
     sharding = jax.tree.leaves(params)[0].sharding
     return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def on_shards(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, Sequence[str | None]]],
+    result: tuple[Any, Sequence[str | None]],
+) -> Any:
+    """`function` of what each device of the mesh in use holds: XLA cannot split a kernel itself.
+
+    Each argument stands beside the logical axes of its arrays, as does a tree with the shapes of
+    the result.
+    """
+    values = [value for value, _ in arguments]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*values)
+
+    def specs(tree: Any, axes: Sequence[str | None]) -> Any:
+        return jax.tree.map(lambda x: spec(x.shape, axes, mesh), tree)
+
+    return jax.shard_map(
+        function,
+        in_specs=tuple(specs(*argument) for argument in arguments),
+        out_specs=specs(*result),
+        check_vma=False,  # Pallas does not say over which axes its results vary
+    )(*values)
 
 
 @contextlib.contextmanager
