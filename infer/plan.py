@@ -124,7 +124,7 @@ def make_arrays(request: Request) -> Arrays:
             config, shapes.batch, shapes.room, jnp.dtype(request.dtype), int8=request.int8_cache
         )
     ).layers
-    places = jax.tree.map(lambda x: sharding.named(x.shape, kv.logical_axes(x), mesh), layers)
+    places = jax.tree.map(lambda x: sharding.named(x.shape, kv.LOGICAL_AXES, mesh), layers)
     return Arrays(params, jax.tree.map(_placed, layers, places))
 
 
@@ -274,8 +274,10 @@ def _program(
     chip = request.chips.chip
     cost = program.cost if program else None
     flops = chip.int8_flops if request.quantize == "w8a8" else chip.bf16_flops
-    moved = (_recurring(cost) if steps else cost.hbm_bytes) if cost else least
-    seconds = max(moved / chip.bandwidth, cost.flops / flops if cost else 0)
+    seconds = None
+    if cost:
+        moved = _recurring(cost) if steps else cost.hbm_bytes
+        seconds = max(moved / chip.bandwidth, cost.flops / flops)
 
     def by_kind(works: Any) -> dict[str, Any] | None:
         return works and {kind: dataclasses.asdict(work) for kind, work in works.items()}
@@ -291,7 +293,7 @@ def _program(
         "estimated_cycles": cost and cost.estimated_cycles if chip.clock else None,
         "unestimated": by_kind(cost.unestimated) if cost else None,
         "collectives": by_kind(cost.collectives) if cost else None,
-        "roofline_tokens_per_s": tokens / seconds,
+        "roofline_tokens_per_s": seconds and tokens / seconds,
         "compile_s": program and program.compile_s,
     }
 
@@ -399,15 +401,15 @@ def describe(result: dict[str, Any]) -> str:
     chips = SLICES[result["chips"]]
     memory, decode, prefill = result["memory"], result["decode"], result["prefill"]
     weights = "" if result["quantize"] == "none" else f"{result['quantize']} weights, "
-    yes = "fits" if result["fits"] else "does not fit"
+    verdict = f"fits: {_size(memory['total'])} of {_size(memory['chip'])} a chip"
+    if not result["fits"]:
+        verdict = f"does not fit: {result['reason']}"
     lines = [
         f"{result['model']}, {weights}{result['dtype']}, cache {result['kv_cache']}, "
         f"batch {result['batch']}, context {result['context']}, "
         f"on {chips.name}: {chips.count} chip{'s' * (chips.count > 1)}, {result['mesh']}",
-        f"{yes}: {_size(memory['total'])} of {_size(memory['chip'])} a chip",
+        verdict,
     ]
-    if result["reason"]:
-        lines.append(f"  {result['reason']}")
     lines += [
         f"  {kind:<12}{_size(memory[kind]):>10}"
         for kind in ("weights", "cache", "temporaries", "other")
@@ -421,9 +423,9 @@ def describe(result: dict[str, Any]) -> str:
 
 def _describe(program: dict[str, Any], chips: Slice) -> list[str]:
     chip, least = chips.chip, program["least_bytes"]
-    rate = f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s"
     if program["hbm_bytes"] is None:
-        return [f"  would take at least {_size(least)} a chip to and from memory", rate]
+        return [f"  would move at least {_size(least)} a chip to and from memory"]
+    rate = f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s"
     moved = program["step_hbm_bytes"] or program["hbm_bytes"]
     once = program["hbm_bytes"] - moved
     works = program["collectives"]

@@ -204,11 +204,15 @@ def test_what_cannot_fit_is_said_without_compiling():
     assert memory["weights"] == 2 * PRESETS["llama-3.1-405b"].count_parameters()
     assert memory["cache"] == 2 * 2 * 126 * 4096 * 8 * 128
     assert memory["total"] == memory["weights"] + memory["cache"] > memory["chip"]
-    assert told["decode"]["hbm_bytes"] is None
+    assert told["decode"]["hbm_bytes"] is told["decode"]["roofline_tokens_per_s"] is None
+    assert told["decode"]["least_bytes"] > 0.99 * memory["weights"]
     assert set(told["decode"]) == set(told["prefill"]) == PROGRAM_KEYS
     text = run(*flags)
     assert (text.returncode, text.stderr) == (0, "")
-    assert f"does not fit: {memory['total'] / 1e9:.2f} GB of 80.70 GB a chip" in text.stdout
+    assert (
+        f"does not fit: weights and cache alone take {memory['total'] / 1e9:.2f} GB a chip of 80.70 GB"
+        in text.stdout
+    )
 
 
 def test_find_passes_over_what_is_too_small_without_compiling(monkeypatch, capsys):
