@@ -371,7 +371,7 @@ def _expected(
         return _abstract(stored)
     expected = abstract(config, quantization, stands_for)
     form = _stored_form(expected)
-    check_shapes(path, stored, jax.tree.map(lambda leaf: leaf.shape, form))
+    check_shapes(path, stored, jax.tree.map(lambda leaf: leaf.shape, form), QUANTIZATION)
     found, form = _flat(stored), _flat(form)
 
     def leaf(path_in_tree: tuple, leaf: Any) -> Any:
@@ -501,7 +501,9 @@ def _host_memory() -> int | None:
         return None
 
 
-def check_shapes(path: str | os.PathLike, stored: Params, expected: dict[str, Any]) -> None:
+def check_shapes(
+    path: str | os.PathLike, stored: Params, expected: dict[str, Any], told_by: str = "config.json"
+) -> None:
     """Raises `UserError` unless `stored` has exactly the names and shapes of `expected`."""
     stored = {name: tuple(leaf.shape) for name, leaf in _flat(stored).items()}
     expected = _flat(expected)
@@ -512,7 +514,7 @@ def check_shapes(path: str | os.PathLike, stored: Params, expected: dict[str, An
         if name not in expected:
             raise UserError(f"{path}: {name} is unknown to this config; convert the model again")
         if shape != expected[name]:
-            raise UserError(f"{path}: {name} has shape {shape}, config.json says {expected[name]}")
+            raise UserError(f"{path}: {name} has shape {shape}, {told_by} says {expected[name]}")
 
 
 def save_tree(

@@ -17,6 +17,7 @@ from llama_jax import checkpoint
 from llama_jax.checkpoint import LazyArray
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.quant import Quantization
 
 CONFIG = LlamaConfig(
     vocab_size=256,
@@ -360,6 +361,188 @@ def test_other_directories_are_told_apart(tmp_path, file, message):
         checkpoint.load_config(tmp_path / file)
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load_config(tmp_path / "nowhere")
+
+
+# --- quantized models ---
+
+QUANTIZATIONS = [
+    Quantization("int8", embeddings=True),
+    Quantization("int4", group_size=32),
+    Quantization("nf4", group_size=32, double_quantization=True),
+]
+each_quantization = pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=lambda q: q.kind)
+
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "model"
+    save(path, random_params(jnp.bfloat16))
+    return path
+
+
+def quantized_model(path, quantization, dtype=jnp.bfloat16):
+    params = jax.jit(quantization)(random_params(dtype))
+    save(path, params, quantization=quantization)
+    return params
+
+
+@each_quantization
+def test_quantized_leaves_come_back_bit_for_bit(tmp_path, quantization):
+    params = quantized_model(tmp_path / "m", quantization)
+    assert_same(checkpoint.load_params(tmp_path / "m"), params)
+    assert checkpoint.load_quantization(tmp_path / "m") == (quantization, jnp.dtype(jnp.bfloat16))
+    abstract = checkpoint.abstract_params(tmp_path / "m")
+    assert jax.tree.structure(abstract) == jax.tree.structure(params)
+    split = checkpoint.load_params(tmp_path / "m", mesh="data=4,tensor=2")
+    assert_same(split, params)
+    up = split["layers_0"]["mlp"]["up"]["kernel"].values
+    assert {shard.data.shape for shard in up.addressable_shards} == {(64, 64)}
+    told = json.loads((tmp_path / "m" / "provenance.json").read_text())["quantization"]
+    assert (told["kind"], told["dtype"]) == (quantization.kind, "bfloat16")
+
+
+@each_quantization
+def test_dtype_is_what_quantized_leaves_stand_for(tmp_path, quantization):
+    params = quantized_model(tmp_path / "m", quantization)
+    loaded = checkpoint.load_params(tmp_path / "m", dtype="float32")
+    kernel, same = loaded["layers_1"]["attention"]["o"]["kernel"], params["layers_1"]["attention"]
+    assert kernel.dtype == np.float32
+    assert_same(kernel.replace(dtype=jnp.dtype(jnp.bfloat16)), same["o"]["kernel"])
+    assert loaded["norm"]["scale"].dtype == np.float32
+
+
+@each_quantization
+@pytest.mark.parametrize("mesh", [None, "data=4,tensor=2"])
+def test_quantizing_on_load_is_quantizing_what_is_stored(plain_model, quantization, mesh):
+    expected = jax.jit(quantization)(random_params(jnp.bfloat16))
+    assert_same(checkpoint.load_params(plain_model, quantize=quantization, mesh=mesh), expected)
+
+
+def test_stock_orbax_restores_the_arrays_of_quantized_leaves(tmp_path):
+    import orbax.checkpoint as ocp
+
+    params = quantized_model(tmp_path / "m", QUANTIZATIONS[2])
+    kernel = params["layers_0"]["mlp"]["up"]["kernel"]
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "m" / "params")
+    stored = restored["layers_0"]["mlp"]["up"]["kernel"]
+    assert_same(stored["scale"], {name: getattr(kernel.scale, name) for name in stored["scale"]})
+    assert stored["values"].shape == (128, 32)
+    codes = np.asarray(kernel.values).astype(np.uint8)
+    np.testing.assert_array_equal(stored["values"], codes[:, ::2] | codes[:, 1::2] << 4)
+    assert_same(checkpoint.unpack(stored["values"], jnp.uint4), kernel.values)
+
+
+@pytest.mark.parametrize("quantize", [None, QUANTIZATIONS[1]])
+def test_what_stock_orbax_wrote_is_quantized_or_read_as_quantized(tmp_path, quantize):
+    """Remote directories and foreign layouts go by way of Orbax, not of mapped files."""
+    import orbax.checkpoint as ocp
+
+    path, params = tmp_path / "m", random_params()
+    expected = jax.jit(QUANTIZATIONS[1])(params)
+    save(
+        path,
+        *([params] if quantize else [expected]),
+        quantization=None if quantize else QUANTIZATIONS[1],
+    )
+    stored = checkpoint.open_tree(checkpoint.epath.Path(path / "params"))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "params", stored, force=True)
+    assert_same(checkpoint.load_params(path, quantize=quantize), expected)
+    assert_same(checkpoint.load_params(path, quantize=quantize, mesh="tensor=2"), expected)
+
+
+def test_a_model_is_never_on_its_devices_unquantized(plain_model, monkeypatch):
+    """When a kernel is read, those before it are int8 already."""
+    live = []
+    make = jax.make_array_from_callback
+
+    def measured(shape, *arguments):
+        arrays = [x for x in jax.live_arrays() if x.shape == (128, 64) and x.dtype == jnp.bfloat16]
+        live.append(len(arrays))
+        return make(shape, *arguments)
+
+    before = [x for x in jax.live_arrays() if x.shape == (128, 64) and x.dtype == jnp.bfloat16]
+    monkeypatch.setattr(jax, "make_array_from_callback", measured)
+    params = checkpoint.load_params(plain_model, quantize=Quantization("int8"))
+    kernels = [x for x in jax.tree.leaves(params) if x.dtype == jnp.int8 and x.shape == (128, 64)]
+    assert len(kernels) == 4
+    assert max(live) - len(before) <= 1
+    plain = checkpoint.load_params(plain_model)  # without, all of them are there
+    assert max(live) - len(before) >= 3, plain.keys()
+
+
+def test_a_quantized_model_is_not_quantized_again(tmp_path, plain_model):
+    quantized_model(tmp_path / "m", QUANTIZATIONS[0])
+    with pytest.raises(UserError, match="is quantized to int8 already; load it as it is"):
+        checkpoint.load_params(tmp_path / "m", quantize=Quantization("int8"))
+    with pytest.raises(UserError, match="is quantized to int8, expected the model"):
+        checkpoint.refuse_quantized(tmp_path / "m")
+    checkpoint.refuse_quantized(plain_model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "int4"}, r"embed\.embedding\.scale has shape \(256,\), quantization\.json says"),
+        ({"kind": "int3"}, "'int3' is unknown"),
+        ({"embeddings": False}, r"embed\.embedding is missing"),
+        ({"bits": 8}, "is not what convert.quantize writes"),
+        ({"dtype": "bfloat17"}, "is not what convert.quantize writes"),
+    ],
+)
+def test_metadata_that_does_not_fit_the_tree(tmp_path, change, message):
+    quantized_model(tmp_path / "m", QUANTIZATIONS[0])
+    file = tmp_path / "m" / "quantization.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.load_params(tmp_path / "m")
+    assert "\n" not in str(caught.value)
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"is not what convert\.quantize writes"):
+        checkpoint.load_params(tmp_path / "m")
+
+
+def test_groups_that_would_lie_on_two_devices_are_refused(plain_model):
+    message = r"groups of 64 of layers_0\.attention\.o\.kernel .* --group-size 32, or split"
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_params(plain_model, quantize=Quantization("int4"), mesh="tensor=2")
+
+
+def test_small_memory_is_refused_before_anything_is_read(plain_model, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_host_memory", lambda: 100_000)
+    monkeypatch.setattr(checkpoint, "load_tree", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(
+        UserError, match=r"model needs 0\.\d\d MB of memory, this machine has 0\.10"
+    ):
+        checkpoint.load_params(plain_model)
+    with pytest.raises(UserError, match="--mesh"):  # eight devices share the same memory
+        checkpoint.load_params(plain_model, quantize=Quantization("int8"), mesh="data=8")
+
+
+def test_small_device_memory_is_refused():
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+        def __str__(self):
+            return "gpu:3"
+
+    full = Device({"bytes_limit": 10_000_000_000, "bytes_in_use": 2_000_000_000})
+    checkpoint.refuse_small_memory({full: 7_000_000_000, Device(None): 1 << 60}, "out/llama")
+    with pytest.raises(
+        UserError, match=r"out/llama needs 9\.00 GB of memory, gpu:3 has 8\.00 GB left"
+    ):
+        checkpoint.refuse_small_memory({full: 9_000_000_000}, "out/llama")
+
+
+def test_a_leaf_of_zeros_is_stored(tmp_path):
+    params = random_params()
+    params["layers_0"]["mlp"]["up"]["kernel"][:] = 0
+    quantized = jax.jit(Quantization("int4"))(params)
+    save(tmp_path / "m", quantized, quantization=Quantization("int4"))
+    assert_same(checkpoint.load_params(tmp_path / "m"), quantized)
 
 
 def test_loading_a_mapped_model_needs_no_orbax(model):
