@@ -1,6 +1,6 @@
 """Llama 1 to 3.3 as pure functions in JAX.
 
-model = llama_jax.load("out/llama")
+model = llama_jax.load("out/llama")  # quantize="int8", mesh="data=2,tensor=4"
 logits, cache = llama_jax.forward(model.config, model.params, tokens)
 """
 
@@ -8,5 +8,15 @@ from llama_jax.checkpoint import Model, load
 from llama_jax.config import PRESETS, LlamaConfig, get_preset
 from llama_jax.errors import UserError
 from llama_jax.model import forward
+from llama_jax.quant import Quantization
 
-__all__ = ["PRESETS", "LlamaConfig", "Model", "UserError", "forward", "get_preset", "load"]
+__all__ = [
+    "PRESETS",
+    "LlamaConfig",
+    "Model",
+    "Quantization",
+    "UserError",
+    "forward",
+    "get_preset",
+    "load",
+]

@@ -32,7 +32,6 @@ Params = Any  # nested dicts of arrays and quantized leaves
 GROUP_SIZE = 64  # of int4 and nf4
 DOUBLE_BLOCK = 256  # scales of nf4 that share a mean and a scale, at most
 FEW_TOKENS = 32  # so many as a step of decoding has
-MOST_BLOCKS = 512  # tokens times groups
 OUTLIER = 6.0  # magnitude from which llm_int8 keeps a feature
 SMALLEST_SCALE = 2.0**-100  # less is 0: processors differ in what they do with subnormal numbers
 
@@ -155,7 +154,9 @@ class Int4(Quantized):
     values: jax.Array  # int4 [out, in]
     scale: Any  # bfloat16 [out, in / group]
     dtype: Any = struct.field(pytree_node=False)  # of the array that it stands for
-    tokens_in_one_loop: ClassVar[int] = 8  # of which GPUs make one
+    # Until when a form is the fastest, by what the compilers estimate (docs/LOG.md)
+    tokens_in_one_loop: ClassVar[int] = 8
+    most_blocks: ClassVar[int] = 512  # tokens times groups
 
     @classmethod
     def quantize(cls, array: jax.Array, group_size: int | None = None) -> Self:
@@ -196,7 +197,8 @@ class Int4(Quantized):
         tokens = math.prod(x.shape[:-1])
         forms = {}
         if tokens <= FEW_TOKENS:
-            blocks = tokens * self.scale.shape[-1] <= MOST_BLOCKS and not _is_split()
+            blocks = tokens * self.scale.shape[-1] <= self.most_blocks
+            blocks &= not _is_split()  # the sums of all groups would travel between devices
             forms["tpu"] = type(self)._dot_blocks if blocks else type(self)._dot_groups
         if tokens <= self.tokens_in_one_loop:
             forms["cuda"] = type(self)._dot_loop
@@ -284,6 +286,7 @@ class NF4(Int4):
     values: jax.Array  # uint4 [out, in], indices of levels
     scale: Any  # float32 [out, in / group], or `Scales`
     tokens_in_one_loop: ClassVar[int] = 1
+    most_blocks: ClassVar[int] = 2048
 
     @classmethod
     def quantize(
@@ -398,6 +401,19 @@ def dot(
     x: jax.Array, kernel: jax.Array | Quantized, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
     """`x` [..., in] times the transposed `kernel` [out, in]: [..., out] in `dtype` (that of x)."""
+    if math.prod(x.shape[:-1]) > 1:
+        return _product(x, kernel, dtype)
+
+    # XLA for TPUs multiplies a single row without their matrix unit, 20 times slower (docs/LOG.md)
+    def padded(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
+        two = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+        return _product(two, kernel, dtype)[0].reshape(*x.shape[:-1], -1)
+
+    plain = functools.partial(_product, dtype=dtype)
+    return jax.lax.platform_dependent(x, kernel, tpu=padded, default=plain)
+
+
+def _product(x: jax.Array, kernel: jax.Array | Quantized, dtype: Any) -> jax.Array:
     if isinstance(kernel, Quantized):
         return _dot(x, kernel, jnp.dtype(dtype or x.dtype), x.dtype)
     return jnp.einsum("...i,oi->...o", x, kernel, preferred_element_type=dtype)
