@@ -401,7 +401,7 @@ def dot(
     x: jax.Array, kernel: jax.Array | Quantized, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
     """`x` [..., in] times the transposed `kernel` [out, in]: [..., out] in `dtype` (that of x)."""
-    if math.prod(x.shape[:-1]) > 1:
+    if math.prod(x.shape[:-1]) > 1 or isinstance(kernel, Int4):
         return _product(x, kernel, dtype)
 
     # XLA for TPUs multiplies a single row without their matrix unit, 20 times slower (docs/LOG.md)

@@ -97,12 +97,13 @@ def test_mistakes_are_one_line(capsys, flags, words):
 
 # --- a real model ---
 
-# Measured on 8,218 tokens that it sampled itself: change of the perplexity and KL divergence.
+# At most twice what was measured on 8,218 tokens that it sampled itself: change of the perplexity
+# and KL divergence. Of int8 0.1 % is what is promised.
 BOUNDS = {
     "int8": (0.001, 9.5e-4),
     "w8a8": (0.003, 2.8e-3),
     "llm_int8": (0.002, 2.6e-3),
-    "int4": (0.36, 0.36),
+    "int4": (0.28, 0.28),
     "nf4": (0.25, 0.25),
 }
 
