@@ -266,6 +266,16 @@ def test_the_forms_for_accelerators_are_the_same_product(kind, form, shape):
     assert rms(y - exact) < 1e-6 * rms(exact)
 
 
+def test_programs_for_tpus_multiply_two_rows_rather_than_one():
+    def text(platform, kernel):
+        traced = jax.jit(quant.dot).trace(random(1, 1, 128), kernel)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    for kernel in (random(96, 128), Int8.quantize(random(96, 128))):
+        assert "tensor<2x128xf32>" in text("tpu", kernel)
+        assert "tensor<2x128xf32>" not in text("cpu", kernel)
+
+
 def test_gradients_are_those_of_the_dequantized_kernel(quantization):
     leaf = quantization.quantize(random(96, 128))
     x, weight = random(2, 3, 128, seed=1), random(2, 3, 96, seed=2)
