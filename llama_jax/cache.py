@@ -88,18 +88,19 @@ def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCa
     steps_1T = jnp.arange(T)[None]
     valid_BT = steps_1T < lengths[:, None]
     slots_BT = jnp.where(valid_BT, cache.length[:, None] + steps_1T, S)
-    rows_B1 = jnp.arange(B)[:, None]
+    # Every index is given: with a slice for the heads XLA on TPU turns the whole cache around.
+    rows_B11, heads_1K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    slots_B1T = slots_BT[:, None]
 
     def write(old_BKSH: jax.Array, new_BKTH: jax.Array) -> jax.Array:
-        new_BTKH = jnp.swapaxes(new_BKTH, 1, 2).astype(old_BKSH.dtype)
-        written = old_BKSH.at[rows_B1, :, slots_BT].set(new_BTKH, mode="drop")
-        return constrain(written, *LOGICAL_AXES)
+        at = old_BKSH.at[rows_B11, heads_1K1, slots_B1T]
+        return constrain(at.set(new_BKTH.astype(old_BKSH.dtype), mode="drop"), *LOGICAL_AXES)
 
     def write_int8(old: Int8Entries, new_BKTH: jax.Array) -> Int8Entries:
         new = Int8Entries.quantize(new_BKTH)
-        new_BTK1 = jnp.moveaxis(new.scale, 3, 1)
-        scale = old.scale.at[rows_B1, :, :, slots_BT].set(new_BTK1, mode="drop")
-        return Int8Entries(write(old.values, new.values), constrain(scale, *LOGICAL_AXES))
+        at = old.scale.at[rows_B11, heads_1K1, 0, slots_B1T]
+        scale = constrain(at.set(new.scale[:, :, 0], mode="drop"), *LOGICAL_AXES)
+        return Int8Entries(write(old.values, new.values), scale)
 
     def write_layer(old: Entries, new: Entries) -> Entries:
         one = write_int8 if isinstance(old[0], Int8Entries) else write

@@ -338,7 +338,7 @@ def test_programs_write_the_cache_in_place(batch, n_kv_heads):
     """
     config = oracle.tiny(6, n_kv_heads)
     params = oracle.random_params(config)
-    K, S, H = config.n_kv_heads, 1024, config.head_dim
+    K, S, H = config.n_kv_heads, 2048, config.head_dim
     sized = re.compile(r"= \(?f32\[([\d,]+)\]\S* (?:copy(?:-start)?|transpose|fusion)\((.*)")
 
     def copies(text):
