@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,plan,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,plan,plot,dev]'
 	touch $@
 
 # By way of Meta's format, as a released checkpoint would come. Prerequisites behind the bar must
