@@ -7,7 +7,8 @@ progress to standard error.
 
   first token  from the request to the first token of every row: prefill
   ms/token     a decode step, which makes a token in every row; median and range over windows of
-               some steps, of all repeats
+               some steps, of all repeats. A window is a call: what XLA computes once before its
+               loop, such as weights in another form, weighs more in short ones
   GB/s         the least that a step has to read, over its time: every weight once, and the filled
                positions of the cache; all devices together
   of copy      the same relative to what these devices reach when they add 1 to a large array
@@ -22,6 +23,7 @@ a cache saves in time and costs in memory.
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -490,7 +492,13 @@ def forget_peak() -> bool:
 # Measuring
 
 
-def prepare(setup: Setup, params: Params, others: int, cases: Sequence[Case]) -> list[Prepared]:
+def prepare(
+    setup: Setup,
+    params: Params,
+    others: int,
+    cases: Sequence[Case],
+    compile_s: dict[Case, float],
+) -> list[Prepared]:
     """Compiles all cases of these weights and runs each once.
 
     `others` is how many bytes of other weights a device holds. Small programs run first, because
@@ -502,16 +510,16 @@ def prepare(setup: Setup, params: Params, others: int, cases: Sequence[Case]) ->
         began = time.perf_counter()
         make = with_cache if case.cache else without_cache
         driver = make(setup, params, case.batch)
-        compile_s = time.perf_counter() - began
+        seconds = compile_s.setdefault(case, time.perf_counter() - began)
         size = program_bytes(driver)
         needed = dict.fromkeys(setup.devices, size - weights)
         checkpoint.refuse_small_memory(needed, f"{setup.model} ({case}) beside its weights")
-        report(f"{case}: compiled in {compile_s:.1f} s")
-        compiled.append((size, compile_s, case, driver))
+        report(f"{case}: compiled in {seconds:.1f} s")
+        compiled.append((size, case, driver))
     prepared = []
     of_device = peak_source(setup) == "device"
     absent = others if of_device else others * len(setup.devices)
-    for size, compile_s, case, driver in sorted(compiled, key=lambda one: one[0]):
+    for size, case, driver in sorted(compiled, key=lambda one: one[0]):
         forgotten = forget_peak() and not of_device
         before = peak_bytes(setup)
         run_once(driver, setup.new_tokens)
@@ -520,7 +528,7 @@ def prepare(setup: Setup, params: Params, others: int, cases: Sequence[Case]) ->
             Prepared(
                 case=case,
                 driver=driver,
-                compile_s=compile_s,
+                compile_s=compile_s[case],
                 program_bytes=size,
                 step_bytes=step_bytes(setup, params, case),
                 peak_bytes=peak - absent,
@@ -533,21 +541,27 @@ def prepare(setup: Setup, params: Params, others: int, cases: Sequence[Case]) ->
 def bench(setup: Setup, cases: Sequence[Case], repeats: int) -> dict[str, Any]:
     """Measures all cases; what the last line of the output says.
 
-    Side by side where the weights of all kinds fit beside each other, otherwise a kind after the
-    other. Raises `UserError` where those of a single one have no room, before any is made.
+    Side by side where all kinds of weights fit beside each other, otherwise a kind after the
+    other. Raises `UserError` where a single one has no room.
     """
     by_kind = [list(group) for _, group in itertools.groupby(cases, lambda case: case.quantize)]
-    together = True
+    for group in by_kind:
+        refuse_small_memory(setup, group)
+    compile_s: dict[Case, float] = {}
+    rows, reason = [], ""
     try:
-        refuse_small_memory(setup, cases)
-    except UserError:
+        with full_memory_is_user_error():
+            rows = _measure(setup, by_kind, repeats, compile_s)
+    except UserError as error:
+        if len(by_kind) == 1:
+            raise
+        reason = str(error)
+    if reason:  # behind the exception, which holds on to the weights
+        report(f"one kind of weights is measured after the other, for together {reason}")
         for group in by_kind:
-            refuse_small_memory(setup, group)
-        together = False
-        report("the weights of all kinds do not fit together: one kind is measured after the other")
-    rows: list[Row] = []
-    for group in [by_kind] if together else [[one] for one in by_kind]:
-        rows += _measure(setup, group, repeats)
+            gc.collect()
+            with full_memory_is_user_error():
+                rows += _measure(setup, [group], repeats, compile_s)
     rows.sort(key=lambda row: cases.index(Case(row.quantize, row.cache, row.batch)))
     return {
         "model": setup.model,
@@ -560,14 +574,20 @@ def bench(setup: Setup, cases: Sequence[Case], repeats: int) -> dict[str, Any]:
         "prompt_tokens": setup.prompt_tokens,
         "new_tokens": setup.new_tokens,
         "repeats": repeats,
-        "interleaved": together,
+        "interleaved": not reason,
         "peak_source": peak_source(setup),
         "rows": [asdict(row) for row in rows],
     }
 
 
-def _measure(setup: Setup, groups: Sequence[Sequence[Case]], repeats: int) -> list[Row]:
-    """The rows of some kinds of weights, all of which are here at once."""
+def _measure(
+    setup: Setup, groups: Sequence[Sequence[Case]], repeats: int, compile_s: dict[Case, float]
+) -> list[Row]:
+    """The rows of some kinds of weights, all of which are here at once.
+
+    `compile_s` keeps the time of the first compilation of each case.
+    """
+    refuse_small_memory(setup, [case for group in groups for case in group])
     prepared: list[Prepared] = []
     others = 0
     for group in groups:
@@ -576,7 +596,7 @@ def _measure(setup: Setup, groups: Sequence[Sequence[Case]], repeats: int) -> li
         params = make_weights(setup, kind)
         seconds = time.perf_counter() - began
         report(f"{kind}: {_size(device_bytes(params))} of weights a device in {seconds:.1f} s")
-        prepared += prepare(setup, params, others, group)
+        prepared += prepare(setup, params, others, group, compile_s)
         others += device_bytes(params)
     copy = 0.0
     for i in range(1, repeats + 1):
@@ -839,11 +859,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse_plot(args.plot)
     setup = make_setup(args)
     cases = make_cases(args, setup)
-    with full_memory_is_user_error():
-        result = bench(setup, cases, args.repeats)
-    print(f"{headline(result)}\n\n{table(result)}\n")
+    result = bench(setup, cases, args.repeats)
     if args.plot:
-        plot(result, args.plot)
+        plot(result, args.plot)  # before what a reader such as `head` may cut off
+    print(f"{headline(result)}\n\n{table(result)}\n")
     print(json.dumps(result))
 
 
