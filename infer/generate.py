@@ -31,6 +31,7 @@ CHUNK = 512  # most tokens of a row that `start` or `extend` reads
 SMALLEST_BUCKET = 16
 STOP_IDS = 8  # room for stop ids; unused places hold -1
 SECONDS_A_FETCH = 0.05  # `stream` fetches about this often
+STEPS_TOGETHER = 16
 
 
 class State(struct.PyTreeNode):
@@ -49,11 +50,11 @@ class State(struct.PyTreeNode):
 
 
 class Request(struct.PyTreeNode):
-    """What a step only reads: B rows."""
+    """What a step only reads: B rows, on the host or on the devices."""
 
     sampling: Sampling
-    limit: jax.Array  # int32 [B], most tokens to draw
-    stop_ids: jax.Array  # int32 [STOP_IDS], ids that end a row
+    limit: Any  # int32 [B], most tokens to draw
+    stop_ids: Any  # int32 [STOP_IDS], ids that end a row
 
 
 class Shapes(NamedTuple):
@@ -210,7 +211,9 @@ def request_shapes(
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    *,
     n_logprobs: int = 0,
+    int8_cache: bool = False,
 ) -> Shapes:
     """The buckets that these prompts fall in.
 
@@ -235,7 +238,7 @@ def request_shapes(
         )
     room = min(longest + max_new_tokens, config.context)
     chunk = min(_bucket(longest), CHUNK)
-    return Shapes(len(prompts), chunk, _bucket(room), n_logprobs, longest > chunk)
+    return Shapes(len(prompts), chunk, _bucket(room), n_logprobs, longest > chunk, int8_cache)
 
 
 def compile_programs(config: LlamaConfig, params: Params, shapes: Shapes) -> Programs:
@@ -344,6 +347,7 @@ def stream(
     max_new_tokens: int,
     stop_ids: Iterable[int] = (),
     n_logprobs: int = 0,
+    int8_cache: bool = False,
     steps_a_fetch: int | None = None,
 ) -> Iterator[Progress]:
     """Generates; yields after the first token and then after every few.
@@ -354,11 +358,15 @@ def stream(
       max_new_tokens: most tokens for each row; the model's context may end a row earlier.
       stop_ids: at most `STOP_IDS` ids that end a row.
       n_logprobs: how many of the likeliest tokens to report at each place.
-      steps_a_fetch: decode steps between two yields; by default as many as take 50 ms.
+      int8_cache: whether keys and values are kept as int8.
+      steps_a_fetch: decode steps between two yields; by default as many as take 50 ms, or, where
+        several processes must agree, `STEPS_TOGETHER`.
 
     Raises `UserError` as `request_shapes` does, before anything is computed.
     """
-    shapes = request_shapes(config, prompts, max_new_tokens, n_logprobs)
+    shapes = request_shapes(
+        config, prompts, max_new_tokens, n_logprobs=n_logprobs, int8_cache=int8_cache
+    )
     programs = compile_programs(config, params, shapes)
     mesh = sharding.mesh_of(params)
     request = make_request(config, prompts, sampling, max_new_tokens, stop_ids)
@@ -368,6 +376,8 @@ def stream(
     for chunk in others:
         state = programs.extend(params, state, request, chunk)
 
+    if jax.process_count() > 1:
+        steps_a_fetch = steps_a_fetch or STEPS_TOGETHER
     steps = min(steps_a_fetch or 1, shapes.room)  # no row draws more than that
     while True:
         progress = _fetch(state, request.stop_ids)
@@ -391,6 +401,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: Iterable[int] = (),
     n_logprobs: int = 0,
+    int8_cache: bool = False,
 ) -> Progress:
     """Generates to the end in one compiled loop. Arguments and errors as for `stream`."""
     *_, last = stream(
@@ -401,6 +412,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         n_logprobs=n_logprobs,
+        int8_cache=int8_cache,
         steps_a_fetch=max_new_tokens,
     )
     return last

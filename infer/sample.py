@@ -23,8 +23,16 @@ from infer.generate import Progress, compile_programs, request_shapes, stream
 from infer.sampling import row_seeds, settings
 from infer.text import TextStream
 from llama_jax.chat import Message, encode_chat, stop_ids
-from llama_jax.command import ArgumentParser, keep_compilations, run
+from llama_jax.command import (
+    ArgumentParser,
+    agreed,
+    is_first_process,
+    join_processes,
+    keep_compilations,
+    run,
+)
 from llama_jax.errors import UserError
+from llama_jax.quant import KINDS, Quantization
 from llama_jax.tokenizer import Tokenizer
 
 PROG = "infer.sample"
@@ -52,6 +60,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each")
     add("--json", action="store_true", help="one JSON object a prompt instead of text")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(as stored; float32 on CPU)")
+    add(
+        "--quantize", choices=("none", *KINDS), default="none", help="weights, while loading (none)"
+    )
+    add("--quantize-embeddings", action="store_true", help="the embedding and the head as well")
+    add("--kv-cache", choices=("int8",), help="keep keys and values as int8 (as --dtype)")
+    add("--mesh", metavar="SIZES", help="devices to split over, data=2,tensor=4 (the first one)")
     args = parser.parse_args(arguments)
     for name, valid, expected in (
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
@@ -82,8 +96,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("no prompt given; add --prompt TEXT, --prompt-file FILE, or --chat")
     if args.json and not (args.prompt or args.prompt_file):
         parser.error("--json is for prompts, not for a conversation; add --prompt TEXT")
-    if args.seed is None:
-        args.seed = secrets.randbits(32)
+    if args.quantize_embeddings and args.quantize == "none":
+        parser.error("--quantize-embeddings is for --quantize; add a kind")
     return args
 
 
@@ -140,7 +154,10 @@ def complete(
     )
     stops = () if args.ignore_eos else stop_ids(tokenizer, config.version)
     began = time.perf_counter()
-    shapes = request_shapes(config, prompts, args.max_new_tokens, n_logprobs)
+    int8_cache = args.kv_cache == "int8"
+    shapes = request_shapes(
+        config, prompts, args.max_new_tokens, n_logprobs=n_logprobs, int8_cache=int8_cache
+    )
     compile_programs(config, params, shapes)
     compiled = time.perf_counter()
     rows = [TextStream(tokenizer, [] if args.chat else ids, args.stop) for ids in prompts]
@@ -154,6 +171,7 @@ def complete(
         max_new_tokens=args.max_new_tokens,
         stop_ids=stops,
         n_logprobs=n_logprobs,
+        int8_cache=int8_cache,
     ):
         now = time.perf_counter() - compiled
         first = first or now
@@ -274,19 +292,26 @@ def _read_line() -> str | None:
 
 
 def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; raises `UserError` for what the user can mend."""
     args = parse(arguments)
     keep_compilations()
+    join_processes()
     texts = read_prompts(args)
+    if args.seed is None:
+        args.seed = agreed(secrets.randbits(32))
     began = time.perf_counter()
     dtype = args.dtype
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # XLA on CPU multiplies 16-bit weights many times slower
-    model = llama_jax.load(args.checkpoint, dtype=dtype)
+    quantization = None
+    if args.quantize != "none":
+        quantization = Quantization(args.quantize, embeddings=args.quantize_embeddings)
+    model = llama_jax.load(args.checkpoint, dtype=dtype, quantize=quantization, mesh=args.mesh)
     loaded = f"loaded {args.checkpoint} in {time.perf_counter() - began:.2f} s"
     if not texts:
         _report(loaded)
@@ -298,9 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompts = [model.tokenizer.encode(text, bos=True) for text in texts]
     request_shapes(model.config, prompts, args.max_new_tokens)  # a mistake's line stands alone
     _report(loaded)
-    show = (lambda *_: None) if args.json else Printer(texts, args.echo)
+    silent = args.json or not is_first_process()
+    show = (lambda *_: None) if silent else Printer(texts, args.echo)
     completions = complete(model, prompts, args, show)
-    if args.json:
+    if args.json and is_first_process():
         for text, ids, completion in zip(texts, prompts, completions, strict=True):
             print(json.dumps(to_json(text, ids, completion, args), ensure_ascii=False))
 

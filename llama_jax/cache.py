@@ -5,6 +5,8 @@ as they lie; with [B, S, K, H] XLA on CPU transposes the whole cache at every st
 docs/LOG.md). Keys and values may be kept as int8, with a scale for each head and position.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -92,11 +94,11 @@ def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCa
     rows_B11, heads_1K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     slots_B1T = slots_BT[:, None]
 
-    def write(old_BKSH: jax.Array, new_BKTH: jax.Array) -> jax.Array:
+    def write(old_BKSH: Any, new_BKTH: Any) -> jax.Array:
         at = old_BKSH.at[rows_B11, heads_1K1, slots_B1T]
         return constrain(at.set(new_BKTH.astype(old_BKSH.dtype), mode="drop"), *LOGICAL_AXES)
 
-    def write_int8(old: Int8Entries, new_BKTH: jax.Array) -> Int8Entries:
+    def write_int8(old: Any, new_BKTH: Any) -> Int8Entries:
         new = Int8Entries.quantize(new_BKTH)
         at = old.scale.at[rows_B11, heads_1K1, 0, slots_B1T]
         scale = constrain(at.set(new.scale[:, :, 0], mode="drop"), *LOGICAL_AXES)
@@ -126,7 +128,7 @@ def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCa
 def _write_one(old: Entries, new: Entries, slot_B: jax.Array) -> Entries:
     """The int8 entries `old` of a layer with one position written in place at `slot_B`, on TPU."""
 
-    def write(old: Entries, new: Entries, slot_B: jax.Array) -> Entries:
+    def write(old: Any, new: Any, slot_B: jax.Array) -> Entries:
         (keys, values), (k_BK1H, v_BK1H) = old, new
         arrays = keys.values, keys.scale, values.values, values.scale
         arrays = decode_kernels.append(arrays, k_BK1H[:, :, 0], v_BK1H[:, :, 0], slot_B)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from llama_jax.errors import UserError
 
+NVIDIA, GOOGLE = "0x10de", "0x1ae0"  # as vendors of PCI cards
 USERS_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
 
 
@@ -45,6 +46,37 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def join_processes() -> None:
+    """Makes one of all processes of a run on several hosts, by `jax.distributed`.
+
+    Where the environment tells of one: a TPU, whose hosts know each other, or
+    JAX_COORDINATOR_ADDRESS beside a launcher that JAX knows, such as Slurm or Open MPI.
+    """
+    import jax
+
+    several = "JAX_COORDINATOR_ADDRESS" in os.environ or has_accelerator(vendors=(GOOGLE,))
+    if several and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that speaks."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def agreed(number: int) -> int:
+    """The number that the first process gives, in all processes."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(number)))
+
+
 def use_present_hardware() -> None:
     """Keeps JAX to the CPU on a Linux machine that has no accelerator.
 
@@ -59,23 +91,26 @@ def use_present_hardware() -> None:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
-def has_accelerator(root: Path = Path("/")) -> bool:
-    """Whether a GPU or TPU, its driver, or the environment of a TPU can be seen. Linux only."""
-    if any(name in os.environ for name in ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")):
+def has_accelerator(root: Path = Path("/"), vendors: tuple[str, ...] = (NVIDIA, GOOGLE)) -> bool:
+    """Whether a GPU or TPU of these vendors, its driver, or its environment is seen. Linux only."""
+    variables = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")
+    if GOOGLE in vendors and any(name in os.environ for name in variables):
         return True
-    nodes = ("accel*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd")
+    nodes = ("nvidia*", "dxg", "kfd") if NVIDIA in vendors else ()
+    nodes += ("accel*", "vfio/[0-9]*") if GOOGLE in vendors else ()
     if any(any((root / "dev").glob(node)) for node in nodes):
         return True
-    return any(map(_is_accelerator, (root / "sys/bus/pci/devices").glob("*")))
+    cards = map(_accelerator_vendor, (root / "sys/bus/pci/devices").glob("*"))
+    return any(vendor in vendors for vendor in cards)
 
 
-def _is_accelerator(pci: Path) -> bool:
-    """Of NVIDIA or Google, but no disk (class 1) or network card (class 2), as clouds have."""
+def _accelerator_vendor(pci: Path) -> str | None:
+    """Of this PCI card, unless it is a disk (class 1) or network card (class 2), as clouds have."""
     try:
         vendor, kind = ((pci / name).read_text().strip() for name in ("vendor", "class"))
     except OSError:
-        return False
-    return vendor in ("0x10de", "0x1ae0") and kind[:4] not in ("0x01", "0x02")
+        return None
+    return None if kind[:4] in ("0x01", "0x02") else vendor
 
 
 def run(main: Callable[[list[str]], None], prog: str) -> NoReturn:

@@ -57,7 +57,7 @@ PARAMS: dict[tuple[str, str], tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(sizes: str, config: LlamaConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: str, config: LlamaConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `sizes`, such as "data=2,tensor=4", for this model.
 
     `devices` default to all there are, of all processes; a smaller mesh takes the first ones
@@ -143,7 +143,10 @@ def shardings(params: Any, mesh: Mesh) -> Any:
 def mesh_of(params: Any) -> Mesh | None:
     """The mesh that the parameters lie on; None on a single device."""
     sharding = jax.tree.leaves(params)[0].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    if not isinstance(sharding, NamedSharding):
+        return None
+    assert isinstance(sharding.mesh, Mesh)
+    return sharding.mesh
 
 
 def on_shards(
