@@ -39,6 +39,16 @@ def _block(K: int, S: int, H: int) -> int:
     return size
 
 
+def _in_hbm(cached: Entries, interpret: bool) -> Entries:
+    """`cached`, to stay where it is: XLA would fetch all of it, and after the write put it back."""
+    if interpret:
+        return cached
+    keys, key_scales, values, value_scales = (
+        pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in cached
+    )
+    return keys, key_scales, values, value_scales
+
+
 @functools.partial(jax.jit, static_argnames="interpret")
 def attend(
     q_BNH: jax.Array,
@@ -86,7 +96,7 @@ def attend(
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in cached),
         ),
         interpret=interpret,
-    )(length_B, q_BNH, k_BKH, v_BKH, *cached)
+    )(length_B, q_BNH, k_BKH, v_BKH, *_in_hbm(cached, interpret))
 
 
 def _attend(
@@ -120,13 +130,14 @@ def _attend(
                 (((1,), (1,)), ((), ())),
                 preferred_element_type=jnp.float32,
             )
-            scores_GS = jnp.where(slots < length, scores_GS * key_scales_ref[0, k], -jnp.inf)
+            filled = slots < length
+            scores_GS = jnp.where(filled, scores_GS * key_scales_ref[0, k], -jnp.inf)
             before = largest_ref[heads]
             largest = jnp.maximum(before, scores_GS.max(-1, keepdims=True))
             weights_GS = jnp.exp(scores_GS - largest)
             shrink = jnp.exp(before - largest)
             mixed_GH = jax.lax.dot_general(
-                (weights_GS * value_scales_ref[0, k]).astype(dtype),
+                (weights_GS * jnp.where(filled, value_scales_ref[0, k], 0)).astype(dtype),
                 values_ref[0, k].astype(dtype),
                 (((1,), (0,)), ((), ())),
                 preferred_element_type=jnp.float32,
@@ -173,7 +184,7 @@ def append(
             bytes_accessed=4 * B * K * (ROWS * H + 4 * LANES),  # read and written, keys and values
         ),
         interpret=interpret,
-    )(slot_B, k_BKH, v_BKH, *cached)
+    )(slot_B, k_BKH, v_BKH, *_in_hbm(cached, interpret))
 
 
 def _append(slot_ref, k_ref, v_ref, *cached_refs):
