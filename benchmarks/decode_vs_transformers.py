@@ -1,16 +1,19 @@
 """Prefill and decode on CPU beside Hugging Face transformers, with the same weights, in one run.
 
-    python -m benchmarks.decode_vs_transformers [--new-tokens 128] [--repeats 5]
+    python -m benchmarks.decode_vs_transformers [--new-tokens 128] [--repeats 5] [--llama-cpp PYTHON]
 
-The model has the shape of a 110M-parameter Llama with random weights; both sides are greedy and
-must draw the same tokens. Sides alternate, so that a machine that drifts is fair to both; medians
-are reported. No step can be faster than its weights are read, so the rate at which the machine
-reads memory is measured beside it. "startup" is a whole process from the shell to the first token, the second time it is
-run. The last line is JSON.
+The model has the shape of a 110M-parameter Llama with random weights; all sides are greedy, and
+those in float32 must draw the same tokens. Ours runs in float32 and with all weights as int8. Sides
+alternate, so that a machine that drifts is fair to all; medians are reported. No step can be faster
+than its weights are read, so the rate at which the machine reads memory is measured beside it.
+"startup" is a whole process from the shell to the first token, the second time it is run. With
+`--llama-cpp`, the interpreter of an environment that has llama-cpp-python, llama.cpp is measured
+right after (`benchmarks/llama_cpp_peer.py`). The last line is JSON.
 """
 
 import argparse
 import base64
+import functools
 import itertools
 import json
 import os
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +36,7 @@ from infer.generate import compile_programs, request_shapes, stream
 from infer.sampling import settings
 from llama_jax.checkpoint import nested, save_model
 from llama_jax.config import LlamaConfig
+from llama_jax.quant import Quantization
 from llama_jax.tokenizer import N_SPECIAL
 
 ROOT = Path(__file__).parents[1]
@@ -140,69 +145,83 @@ def any_tokenizer(directory: Path) -> Path:
     return path
 
 
-def median(pairs: list, side: int, measure: Callable) -> float:
-    return statistics.median(measure(pair[side]) for pair in pairs)
+def median(runs: list, side: int, measure: Callable) -> float:
+    return statistics.median(measure(run[side]) for run in runs)
+
+
+def measure_batch(batch: int, model: Any, ours_by_kind: dict[str, Any], args: argparse.Namespace):
+    """Prefill and decode of `batch` rows, all sides in turn."""
+    n = args.new_tokens
+    prompts = np.random.default_rng(0).integers(5, CONFIG.vocab_size, (batch, PROMPT))
+    sides = [functools.partial(ours, params) for params in ours_by_kind.values()]
+    sides.append(functools.partial(theirs, model))
+    for params in ours_by_kind.values():
+        compile_programs(CONFIG, params, request_shapes(CONFIG, prompts.tolist(), n))
+    for side in sides:
+        side(prompts, 2)
+    runs, reads = [], []
+    for _ in range(args.repeats):
+        runs.append([side(prompts, n) for side in sides])
+        reads.append(read_gb_s())
+    names = *ours_by_kind, "transformers"
+    tokens = dict(zip(names, (run[2] for run in runs[0]), strict=True))
+    same = (tokens["f32"] == tokens["transformers"]).mean()
+    speed = statistics.median(reads)
+    print(
+        f"batch {batch}: {same:.1%} of the greedy tokens are the same in float32; memory is read at "
+        f"{speed:.1f} GB/s"
+    )
+    for name, count, part in (("prefill", batch * PROMPT, 0), ("decode", batch * (n - 1), 1)):
+        rates = {
+            side: count / median(runs, i, lambda run: run[part])  # noqa: B023
+            for i, side in enumerate(names)
+        }
+        case = {"name": f"{name}_b{batch}"}
+        case |= {f"{side}_tok_s": rate for side, rate in rates.items()}
+        case["f32_over_transformers"] = rates["f32"] / rates["transformers"]
+        case["int8_over_f32"] = rates["int8"] / rates["f32"]
+        case["int8_over_transformers"] = rates["int8"] / rates["transformers"]
+        if name == "decode":
+            for kind, params in ours_by_kind.items():
+                nbytes = sum(x.nbytes for x in jax.tree.leaves(params))
+                case[f"{kind}_memory_limit_tok_s"] = batch * speed * 1e9 / nbytes
+        yield case
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--llama-cpp", metavar="PYTHON")
     args = parser.parse_args()
-    n = args.new_tokens
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = their_model()
     params = our_params(model)
+    quantize = jax.jit(Quantization("int8", embeddings=True))
+    by_kind = {"f32": params, "int8": quantize(params)}
     print(
         f"jax {jax.__version__}, transformers {transformers.__version__}, torch "
-        f"{torch.__version__}, {os.cpu_count()} cores, prompt {PROMPT}, {n} new tokens, "
-        f"median of {args.repeats}"
+        f"{torch.__version__}, {os.cpu_count()} cores, prompt {PROMPT}, {args.new_tokens} new "
+        f"tokens, median of {args.repeats}"
     )
-    weights_gb = CONFIG.count_parameters() * 4 / 1e9
-    cases = []
-    for batch in (1, 8):
-        prompts = np.random.default_rng(0).integers(5, CONFIG.vocab_size, (batch, PROMPT))
-        compile_programs(CONFIG, params, request_shapes(CONFIG, prompts.tolist(), n))
-        ours(params, prompts, 2), theirs(model, prompts, 2)
-        pairs, reads = [], []
-        for _ in range(args.repeats):
-            pairs.append((ours(params, prompts, n), theirs(model, prompts, n)))
-            reads.append(read_gb_s())
-        same = np.mean([(a[2] == b[2]).mean() for a, b in pairs])
-        steps_s = statistics.median(reads) / weights_gb
-        print(
-            f"batch {batch}: {same:.1%} of the greedy tokens are the same; memory is read at "
-            f"{steps_s * weights_gb:.1f} GB/s, the {weights_gb:.3f} GB of weights {steps_s:.1f} "
-            "times a second"
-        )
-        for name, tokens, part in (("prefill", batch * PROMPT, 0), ("decode", batch * (n - 1), 1)):
-            rates = [tokens / median(pairs, side, lambda run: run[part]) for side in (0, 1)]  # noqa: B023
-            case = {
-                "name": f"{name}_b{batch}_f32",
-                "ours_tok_s": rates[0],
-                "transformers_tok_s": rates[1],
-                "ratio": rates[0] / rates[1],
-            }
-            if name == "decode":
-                case["memory_limit_tok_s"] = batch * steps_s
-            cases.append(case)
+    cases = [case for batch in (1, 8) for case in measure_batch(batch, model, by_kind, args)]
     pairs = startup(model, params, args.repeats)
     seconds = [median(pairs, side, float) for side in (0, 1)]
-    cases.append(
-        {
-            "name": "startup_second_run",
-            "ours_s": seconds[0],
-            "transformers_s": seconds[1],
-            "ratio": seconds[1] / seconds[0],
-        }
-    )
-    print("\n| case | llama_jax | transformers | ratio |\n|---|---|---|---|")
+    print("\n| tok/s | float32 | int8 | transformers | float32 / theirs | int8 / float32 |")
+    print("|---|---|---|---|---|---|")
     for case in cases:
-        unit = "s" if "ours_s" in case else "tok/s"
-        left, right = list(case.values())[1:3]
-        print(f"| {case['name']} | {left:.2f} {unit} | {right:.2f} {unit} | {case['ratio']:.2f} |")
-    print(json.dumps({"cases": cases}))
+        rates = " | ".join(f"{case[f'{side}_tok_s']:.1f}" for side in (*by_kind, "transformers"))
+        ratios = f"{case['f32_over_transformers']:.2f} | {case['int8_over_f32']:.2f}"
+        print(f"| {case['name']} | {rates} | {ratios} |")
+    print(f"\nsecond start to the first token: {seconds[0]:.2f} s, transformers {seconds[1]:.2f} s")
+    result: dict[str, Any] = {"cases": cases, "startup_s": seconds}
+    if args.llama_cpp:
+        peer = [args.llama_cpp, "benchmarks/llama_cpp_peer.py"]
+        output = subprocess.run(peer, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        print(f"\n{output.stdout.rsplit(chr(10), 2)[0]}")
+        result["llama_cpp"] = json.loads(output.stdout.splitlines()[-1])
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
