@@ -58,7 +58,7 @@ from llama_jax.command import ArgumentParser, run
 from llama_jax.config import LlamaConfig, get_preset
 from llama_jax.errors import UserError
 from llama_jax.model import Params, logits_and_entries
-from llama_jax.quant import KINDS, Quantization, Quantized
+from llama_jax.quant import KINDS, Quantization, Quantized, whole_bytes
 
 PROG = "infer.bench"
 WINDOWS = 8  # timed ones of a run, of about the same number of steps
@@ -338,7 +338,7 @@ def random_weights(setup: Setup, quantization: Quantization | None) -> Params:
         is_norm = path[-1].key == "scale"
         how = quantization if covered else None
         make = _leaf_maker(shape.shape, shape.dtype, is_norm, how, place)
-        return jax.block_until_ready(make(jax.random.key(next(seeds))))
+        return jax.block_until_ready(whole_bytes(make(jax.random.key(next(seeds)))))
 
     return jax.tree.map_with_path(leaf, plain, _shardings(target, setup))
 

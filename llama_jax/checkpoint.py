@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
-from llama_jax.quant import Int4, Int8, Quantization, Quantized
+from llama_jax.quant import Int4, Int8, Quantization, Quantized, whole_bytes
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
@@ -320,9 +320,9 @@ def load_params(
         goal, place = goals[name], places[name]
         if quantize is not None and isinstance(goal, Quantized):
             made: Any = _quantizer(quantize, place.replace(dtype=array.dtype))(array)
-            return made.replace(dtype=goals[name].dtype)
+            return whole_bytes(made.replace(dtype=goals[name].dtype))
         if goal.dtype in NIBBLES:
-            return _unpacker(goal.dtype, place)(array)
+            return whole_bytes(_unpacker(goal.dtype, place)(array))
         return array.astype(goal.dtype)
 
     as_stored = jax.tree.map(_fitting, _nested(_flat(placed)), stored)

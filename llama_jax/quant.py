@@ -438,6 +438,21 @@ def _dot_backward(dtype: Any, x_dtype: Any, kernel: Quantized, gradient: jax.Arr
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
+def whole_bytes(params: Params) -> Params:
+    """`params` with 4-bit arrays that lie on CPUs as int8 or uint8, of the same values.
+
+    On a CPU each takes a byte in any case, and jax 0.10 refuses them as arguments of programs that
+    were compiled ahead.
+    """
+
+    def whole(x: jax.Array) -> jax.Array:
+        dtype = {jnp.dtype(jnp.int4): jnp.int8, jnp.dtype(jnp.uint4): jnp.uint8}.get(x.dtype)
+        on_cpu = dtype and next(iter(x.sharding.device_set)).platform == "cpu"
+        return x.astype(dtype) if on_cpu else x
+
+    return jax.tree.map(whole, params)
+
+
 def rows(table: jax.Array | Quantized, index: jax.Array) -> jax.Array:
     """Rows [*index.shape, D] of a `table` [V, D]."""
     return table.rows(index) if isinstance(table, Quantized) else table[index]
