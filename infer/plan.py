@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class Request:
     chips: Slice
     mesh: str
     quantize: str
+    quantize_embeddings: bool
     dtype: str
     int8_cache: bool
     batch: int
@@ -64,6 +66,7 @@ class Request:
             "chips": self.chips.name,
             "mesh": self.mesh,
             "quantize": self.quantize,
+            "quantize_embeddings": self.quantize_embeddings,
             "dtype": self.dtype,
             "kv_cache": "int8" if self.int8_cache else self.dtype,
             "batch": self.batch,
@@ -116,7 +119,9 @@ def make_arrays(request: Request) -> Arrays:
             f"--batch {request.batch} cannot be split over data={mesh.shape['data']} evenly; "
             "give a multiple of it"
         )
-    quantization = None if request.quantize == "none" else Quantization(request.quantize)
+    quantization = None
+    if request.quantize != "none":
+        quantization = Quantization(request.quantize, embeddings=request.quantize_embeddings)
     params = checkpoint.abstract(config, quantization, jnp.dtype(request.dtype))
     params = jax.tree.map(_placed, params, sharding.shardings(params, mesh))
     layers = jax.eval_shape(
@@ -182,11 +187,16 @@ class Compiled:
 
 def compile_all(request: Request, arrays: Arrays) -> dict[str, Compiled] | str:
     """`prefill` of the whole prompt and one step of `decode`, or why there is no room for them."""
-    with topology.quiet():
+    programs = {}
+    with os.fdopen(os.dup(2), "w", buffering=1) as stderr, topology.quiet():
         lowered = lower_programs(request.config, arrays.params, request.shapes)
         with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
+            names = {pool.submit(_compile, program): name for name, program in lowered.items()}
             try:
-                programs = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+                for task in as_completed(names):
+                    programs[names[task]] = task.result()
+                    seconds = task.result().compile_s
+                    print(f"{names[task]} compiled in {seconds:.1f} s", file=stderr)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -351,6 +361,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--mesh", metavar="SIZES", help="data=2,tensor=8 (tensor takes all chips)")
     add("--quantize", choices=("none", *KINDS), default="none", help="weights (none)")
+    add("--quantize-embeddings", action="store_true", help="the embedding and the head as well")
     add("--kv-cache", choices=("int8",), help="keep keys and values as int8 (as --dtype)")
     add(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)"
@@ -365,6 +376,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if (args.preset is None) == (args.checkpoint is None):
         given = "both" if args.preset else "neither"
         parser.error(f"{given} of --preset and --checkpoint given, expected one of them")
+    if args.quantize_embeddings and args.quantize == "none":
+        parser.error("--quantize-embeddings is for --quantize; add a kind")
     for name in ("batch", "prompt_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
@@ -388,6 +401,7 @@ def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) ->
         chips=chips,
         mesh=args.mesh or default_mesh(config, chips, args.batch),
         quantize=args.quantize,
+        quantize_embeddings=args.quantize_embeddings,
         dtype=args.dtype,
         int8_cache=args.kv_cache == "int8",
         batch=args.batch,
@@ -400,7 +414,8 @@ def describe(result: dict[str, Any]) -> str:
     """A plan for a person to read."""
     chips = SLICES[result["chips"]]
     memory, decode, prefill = result["memory"], result["decode"], result["prefill"]
-    weights = "" if result["quantize"] == "none" else f"{result['quantize']} weights, "
+    covered = "weights and embeddings" if result["quantize_embeddings"] else "weights"
+    weights = "" if result["quantize"] == "none" else f"{result['quantize']} {covered}, "
     verdict = f"fits: {_size(memory['total'])} of {_size(memory['chip'])} a chip"
     if not result["fits"]:
         verdict = f"does not fit: {result['reason']}"

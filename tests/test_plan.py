@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ def request(chips, config=TINY, **changes):
         chips=needs(chips),
         mesh=changes.pop("mesh", None) or plan.default_mesh(config, needs(chips), 4),
         quantize="none",
+        quantize_embeddings=False,
         dtype="bfloat16",
         int8_cache=False,
         batch=4,
@@ -181,6 +183,10 @@ def test_a_mistake_is_one_line(arguments, message):
         ("--chips v5e-1 --preset llama-3.2-1b --batch 0", "--batch is 0, expected at least 1"),
         ("--chips v5e-1 --preset llama-3.2-1b --prompt-tokens -1", "--prompt-tokens is -1"),
         ("--chips v5e-1 --preset llama-3.2-1b --quantize int5", "invalid choice: 'int5'"),
+        (
+            "--chips v5e-1 --preset llama-3.2-1b --quantize-embeddings",
+            "--quantize-embeddings is for --quantize; add a kind",
+        ),
     ],
 )
 def test_a_mistake_in_the_flags_is_status_2(capsys, arguments, message):
@@ -267,6 +273,8 @@ def test_quantized_weights_and_caches_take_less():
     elements = plain.cache_bytes // 2
     assert int8.cache_bytes == elements + elements // 64 * 4
     assert int8.weights_bytes > V * D * 2 * 2
+    all_int8 = plan.make_arrays(request("v5e-1", quantize="int8", quantize_embeddings=True))
+    assert int8.weights_bytes - all_int8.weights_bytes == 2 * V * (D - 4)
 
 
 def test_the_mesh_takes_all_chips_for_each_row_if_the_heads_allow():
@@ -356,11 +364,16 @@ def test_json_is_one_object_and_standard_error_is_ours(tmp_path):
     (tmp_path / "params").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
     flags = ("--checkpoint", str(tmp_path), "--chips", "h100-1", "--context", "64", "--json")
-    result = run(*flags, "--batch", "2", "--quantize", "int8", "--kv-cache", "int8")
-    assert (result.returncode, result.stderr) == (0, "compiling for h100-1\n")
+    flags += ("--quantize", "int8", "--quantize-embeddings", "--kv-cache", "int8")
+    result = run(*flags, "--batch", "2")
+    assert result.returncode == 0
+    first, *others = re.sub(r"\d+\.\d s", "N s", result.stderr).splitlines()
+    assert first == "compiling for h100-1"
+    assert sorted(others) == ["decode compiled in N s", "start compiled in N s"]
     told = json.loads(result.stdout)
     check(told, batch=2, prompt=32)
     assert told["quantize"] == told["kv_cache"] == "int8"
+    assert told["quantize_embeddings"] is True
     assert told["mesh"] == "data=1,tensor=1"
 
 
