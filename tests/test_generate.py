@@ -23,9 +23,10 @@ from infer.generate import (
     stream,
 )
 from infer.sampling import row_seeds, settings
-from llama_jax.checkpoint import load
+from llama_jax.checkpoint import load, load_params, save_model
 from llama_jax.errors import UserError
 from llama_jax.model import forward
+from llama_jax.quant import KINDS, Quantization
 
 # Log-probabilities of the same model by differently shaped float32 products.
 LOGPROBS_ATOL = 5e-5
@@ -363,6 +364,32 @@ def test_programs_write_the_cache_in_place(batch, n_kv_heads):
         jax.ShapeDtypeStruct((batch, K, S, H), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     )
     assert copies(undonated.compile().as_text())
+
+
+# --- quantized ---
+
+
+def gaps(params, prompt, tokens):
+    """How far the logit of each token lies below the largest that `forward` gives."""
+    logits = predictions(params, prompt, tokens)
+    return logits.max(-1) - logits[np.arange(len(tokens)), tokens]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_weights_generate_what_forward_predicts(params, kind, tmp_path):
+    """As loaded from a directory: jax refuses committed 4-bit arrays in compiled programs."""
+    save_model(tmp_path / "model", CONFIG, params, tokenizer=None, provenance={})
+    quantized = load_params(tmp_path / "model", quantize=Quantization(kind, embeddings=True))
+    out = generate(CONFIG, quantized, PROMPTS, greedy(PROMPTS), max_new_tokens=8)
+    for prompt, tokens in zip(PROMPTS, completions(out), strict=True):
+        assert gaps(quantized, prompt, tokens).max() < 1e-3
+
+
+def test_an_int8_cache_generates_nearly_what_forward_predicts(params):
+    """A key or value is off by at most 1/254 of its head's largest."""
+    out = generate(CONFIG, params, PROMPTS, greedy(PROMPTS), max_new_tokens=N, int8_cache=True)
+    worst = [gaps(params, *pair).max() for pair in zip(PROMPTS, completions(out), strict=True)]
+    assert max(worst) < 0.1
 
 
 # --- a real model ---
