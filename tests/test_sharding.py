@@ -20,6 +20,7 @@ import infer.generate
 import llama_jax
 from infer import hlo, sample
 from infer.generate import (
+    Shapes,
     chunks,
     compile_programs,
     generate,
@@ -42,34 +43,23 @@ CONFIG = dataclasses.replace(tiny(N, K, dim=D, head_dim=H), vocab_size=V, mlp_di
 MESHES = "data=2,tensor=4", "tensor=8"  # of the second, `query` takes 2: there are 4 KV heads
 INT8 = Quantization("int8", embeddings=True)
 # Of lengths 5, 1, 23 and 2.
-PROMPTS = [[3, 14, 15, 292, 65], [35], [8, 9, 79, 3, 23, 84, 62, 264, 33, 83, 27, 95] * 2, [5, 6]]
-PROMPTS[2].pop()
+PROMPTS = [[3, 14, 15, 292, 65], [35], [8, 9, 79, 3, 23, 84, 62, 264] * 2 + [27] * 7, [5, 6]]
 NEW = 30
 
-# How every device's part of a parameter looks; all of a layer are alike.
+# A device's part of each parameter; that of a norm is all of it.
 SHARDS = {
-    "data=2,tensor=4": {
-        "embed.embedding": (V // 4, D),
-        "head.kernel": (V // 4, D),
-        "q.kernel": (N * H // 4, D),
+    mesh: {
+        "embed.embedding": (V // parts, D),
+        "head.kernel": (V // parts, D),
+        "q.kernel": (N * H // 4, D),  # copied over `query`, as those of keys and values
         "k.kernel": (K * H // 4, D),
         "v.kernel": (K * H // 4, D),
-        "o.kernel": (D, N * H // 4),
-        "gate.kernel": (F // 4, D),
-        "up.kernel": (F // 4, D),
-        "down.kernel": (D, F // 4),
-    },
-    "tensor=8": {
-        "embed.embedding": (V // 8, D),
-        "head.kernel": (V // 8, D),
-        "q.kernel": (N * H // 4, D),
-        "k.kernel": (K * H // 4, D),
-        "v.kernel": (K * H // 4, D),
-        "o.kernel": (D, N * H // 8),
-        "gate.kernel": (F // 8, D),
-        "up.kernel": (F // 8, D),
-        "down.kernel": (D, F // 8),
-    },
+        "o.kernel": (D, N * H // parts),
+        "gate.kernel": (F // parts, D),
+        "up.kernel": (F // parts, D),
+        "down.kernel": (D, F // parts),
+    }
+    for mesh, parts in zip(MESHES, (4, 8), strict=True)
 }
 
 
@@ -185,13 +175,13 @@ def test_logits_are_those_of_one_device(load, mesh):
 
 
 def transfers(text):
-    """The bytes of each collective instruction of a program, with its kind."""
+    """The bytes that each collective instruction of a program results in."""
 
     def size(shape):
         return sum(map(size, shape)) if isinstance(shape, tuple) else shape.size
 
     return [
-        (instruction.opcode, size(instruction.shape))
+        size(instruction.shape)
         for computation in hlo.parse(text).computations.values()
         for instruction in computation.instructions.values()
         if instruction.opcode.removesuffix("-start") in hlo.COLLECTIVES
@@ -216,17 +206,13 @@ def test_a_layer_sums_twice_and_moves_no_weight_and_no_cache(load, mesh):
     sums = [hlo.analyze(text).collectives["all-reduce"].count for text in (text_2, text_4)]
     assert 0 < sums[1] - sums[0] <= 2 * (4 - 2)
 
-    # Nothing is larger than one vector a row. These are less than any part of a weight or a cache.
+    # Nothing is larger than a vector for each row, which is less than a device's part of any weight
+    # or of the cache.
     vectors = len(PROMPTS) * D * 4
-    weights = (
-        place.shard_shape(leaf.shape)
-        for leaf, place in zip(jax.tree.leaves(plain), jax.tree.leaves(places), strict=True)
-        if leaf.ndim > 1
-    )
     cache = len(PROMPTS) * K * shapes.room * H * 4 // 8
-    assert vectors < min(cache, *(4 * math.prod(shape) for shape in weights))
+    assert vectors < min(cache, *(4 * math.prod(shape) for shape in SHARDS[mesh].values()))
     for text in (text_2, text_4):
-        assert max(size for _, size in transfers(text)) <= vectors
+        assert max(transfers(text)) <= vectors
 
 
 # --- what lies where ---
@@ -283,31 +269,32 @@ def test_a_quantized_directory_is_loaded_onto_a_mesh(directory, quantization):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "quantize", "int8_cache"), [(MESHES[0], None, False), (MESHES[1], INT8, True)]
+    ("mesh", "quantize", "shapes"),
+    [
+        (MESHES[0], None, Shapes(4, 32, 64, 0)),
+        (MESHES[1], INT8, Shapes(4, 16, 64, 0, long=True, int8_cache=True)),
+    ],
 )
-def test_every_device_holds_its_part_of_the_cache(load, monkeypatch, mesh, quantize, int8_cache):
-    """Of half the rows and one KV head: rows are split over `query` where there is no `data`."""
-    if int8_cache:
-        monkeypatch.setattr(infer.generate, "CHUNK", 16)
-    shapes = request_shapes(CONFIG, PROMPTS, NEW, int8_cache=int8_cache)
-    programs, mesh = compile_programs(CONFIG, load(mesh, quantize), shapes), load(mesh)
-    mesh = sharding.mesh_of(mesh)
-    request = make_request(CONFIG, PROMPTS, greedy(PROMPTS), NEW, ())
-    first, *_ = chunks(PROMPTS, shapes.chunk)
-    params, request = load(MESHES[int(int8_cache)], quantize), sharding.replicate(request, mesh)
-    state = programs.start(params, request, sharding.replicate(first, mesh))
-    step = sharding.replicate(np.int32(1), mesh)
+def test_every_device_holds_its_part_of_the_cache(load, mesh, quantize, shapes):
+    """Half the rows of one KV head: rows are split over `query` where there is no `data`."""
+    params = load(mesh, quantize)
+    programs = compile_programs(CONFIG, params, shapes)
+    host = make_request(CONFIG, PROMPTS, greedy(PROMPTS), NEW, ()), np.int32(1)
+    request, step = sharding.replicate(host, sharding.mesh_of(params))
+    first, *others = sharding.replicate(
+        list(chunks(PROMPTS, shapes.chunk)), sharding.mesh_of(params)
+    )
+    state = programs.start(params, request, first)
+    for chunk in others:
+        state = programs.extend(params, state, request, chunk)
     state = programs.decode(params, state, request, step)
-    whole = {(4, K, 64, H): (2, 1, 64, H), (4, K, 1, 64): (2, 1, 1, 64)}
-    layers = jax.tree.leaves(state.cache.layers)
-    assert len(layers) == (4 if int8_cache else 2) * L
-    for array in layers:
-        assert {shard.data.shape for shard in array.addressable_shards} == {whole[array.shape]}
-    assert {str(shard.index) for shard in layers[0].addressable_shards} == {
-        str((slice(row, row + 2), slice(head, head + 1), slice(None), slice(None)))
-        for row in (0, 2)
-        for head in range(4)
-    }
+    parts = {(4, K, 64, H): (2, 1, 64, H), (4, K, 1, 64): (2, 1, 1, 64)}  # the second of scales
+    arrays = jax.tree.leaves(state.cache.layers)
+    assert {array.shape for array in arrays} == set(list(parts)[: 1 + shapes.int8_cache])
+    for array in arrays:
+        assert {shard.data.shape for shard in array.addressable_shards} == {parts[array.shape]}
+        begins = {tuple(axis.start or 0 for axis in s.index[:2]) for s in array.addressable_shards}
+        assert begins == {(row, head) for row in (0, 2) for head in range(K)}
 
 
 # --- what the compiler does ---
