@@ -196,9 +196,14 @@ def save_model(
 ) -> None:
     """Writes a model directory; leaves nothing behind if it fails.
 
-    `params` is a tree of arrays and `LazyArray`s, read one at a time in the order of the sorted
-    tree; `quantization` is how its quantized leaves were made. `tokenizer` is a file, copied as `tokenizer` and its suffix. `progress(name, bytes)` is
-    called once a tensor is written. Raises `UserError` if `path` exists or the disk is too small.
+    Args:
+      params: a tree of arrays and `LazyArray`s, read one at a time in the order of the sorted tree.
+      tokenizer: a file, copied as `tokenizer` and its suffix; None writes none.
+      provenance: what `provenance.json` says of where the model comes from.
+      progress: called with the name and the bytes of each tensor that is written.
+      quantization: how the quantized leaves of `params` were made.
+
+    Raises `UserError` if `path` exists or the disk is too small.
     """
     with new_directory(path, stored_bytes(params)) as staging:
         save_tree(staging / "params", params, progress)
@@ -262,14 +267,17 @@ def refuse_quantized(path: str | os.PathLike) -> None:
         )
 
 
-def abstract_params(path: str | os.PathLike) -> Params:
-    """The tree of `path` as `jax.ShapeDtypeStruct`s; reads metadata only."""
+def abstract_params(
+    path: str | os.PathLike, *, dtype: Any = None, quantize: Quantization | None = None
+) -> Params:
+    """What `load_params` makes of `path`, as `jax.ShapeDtypeStruct`s; reads metadata only.
+
+    Raises `UserError` naming a tensor that is missing, unknown or of the wrong shape.
+    """
     path = _absolute(path)
     stored = open_tree(path / "params")
-    quantization, stands_for = load_quantization(path)
-    if quantization is None:
-        return _abstract(stored)
-    return _expected(path, load_config(path), stored, quantization, stands_for)
+    source = _expected(path, load_config(path), stored, *load_quantization(path))
+    return _target(source, quantize, dtype)
 
 
 def load_params(
@@ -300,17 +308,33 @@ def load_params(
         )
     stored = open_tree(path / "params")
     source = _expected(path, config, stored, quantization, stands_for)
-    target = _cast(source if quantize is None else jax.eval_shape(quantize, source), dtype)
+    target = _target(source, quantize, dtype)
     if mesh is not None:
         mesh = sharding.make_mesh(mesh, config) if isinstance(mesh, str) else mesh
-        placed, shardings = sharding.shardings(source, mesh), sharding.shardings(target, mesh)
+        read, shardings = sharding.shardings(source, mesh), sharding.shardings(target, mesh)
         _refuse_straddling_groups(path, target, shardings)
     else:
-        placed, shardings = _one_for_all(shardings, source), _one_for_all(shardings, target)
-    _refuse_large(path, source, placed, target, shardings)
+        read, shardings = _one_for_all(shardings, source), _one_for_all(shardings, target)
+    made_of = () if target is source else sharding.placed(source, read)
+    _refuse_large(path, made_of, sharding.placed(target, shardings))
     if quantization is None and quantize is None:
         return load_tree(path / "params", stored, dtype=dtype, shardings=shardings)
+    as_stored = jax.tree.map(_fitting, nested(_flat(read), "."), stored)
+    return _load_quantized(path / "params", stored, as_stored, target, shardings, quantize)
 
+
+def _load_quantized(
+    directory: epath.Path,
+    stored: Params,
+    as_stored: Any,
+    target: Params,
+    shardings: Any,
+    quantize: Quantization | None,
+) -> dict[str, Any]:
+    """`load_tree` to the leaves of `target`, quantized here or already in what is stored.
+
+    Arrays are read to the shardings `as_stored`, and become what lies as `shardings` says.
+    """
     # Of a model that is quantized here leaves are made, of a quantized one arrays inside of leaves
     leaves = _whole if quantize else _flat
     goals: Any = leaves(target)
@@ -320,13 +344,12 @@ def load_params(
         goal, place = goals[name], places[name]
         if quantize is not None and isinstance(goal, Quantized):
             made: Any = _quantizer(quantize, place.replace(dtype=array.dtype))(array)
-            return whole_bytes(made.replace(dtype=goals[name].dtype))
+            return whole_bytes(made.replace(dtype=goal.dtype))
         if goal.dtype in NIBBLES:
             return whole_bytes(_unpacker(goal.dtype, place)(array))
         return array.astype(goal.dtype)
 
-    as_stored = jax.tree.map(_fitting, _nested(_flat(placed)), stored)
-    loaded = leaves(load_tree(path / "params", stored, shardings=as_stored, finish=finish))
+    loaded = leaves(load_tree(directory, stored, shardings=as_stored, finish=finish))
     structure = jax.tree.structure(target, is_leaf=_is_quantized if quantize else None)
     return jax.tree.unflatten(structure, [loaded[name] for name in goals])
 
@@ -388,8 +411,12 @@ def _expected(
     return jax.tree.map_with_path(leaf, expected, is_leaf=_is_quantized)
 
 
-def _cast(tree: Params, dtype: Any) -> Params:
-    """An abstract tree whose plain leaves are of `dtype`, and whose quantized ones stand for it."""
+def _target(source: Params, quantize: Quantization | None, dtype: Any) -> Params:
+    """What becomes of the abstract tree `source`; it itself if nothing does.
+
+    Plain leaves are of `dtype`, quantized ones stand for it.
+    """
+    tree = source if quantize is None else jax.eval_shape(quantize, source)
     if dtype is None:
         return tree
 
@@ -439,29 +466,21 @@ def _refuse_straddling_groups(path: epath.Path, target: Params, shardings: Any) 
             )
 
 
-def _refuse_large(
-    path: epath.Path, source: Params, placed: Any, target: Params, shardings: Any
-) -> None:
-    """Raises `UserError` where `target` does not fit, with the largest leaf of another source."""
+def _refuse_large(path: epath.Path, source: Params, target: Params) -> None:
+    """Raises `UserError` where `target` does not fit beside the largest leaf of `source`.
+
+    Both are abstract and placed.
+    """
     needed: dict[Any, int] = collections.Counter()
-    for leaf, place in zip(jax.tree.leaves(target), jax.tree.leaves(shardings), strict=True):
-        for device in place.addressable_devices:
-            needed[device] += _shard_bytes(leaf, place, device)
-    if source is not target:
-        sizes: dict[Any, int] = collections.Counter()
-        for leaf, place in zip(jax.tree.leaves(source), jax.tree.leaves(placed), strict=True):
-            for device in place.addressable_devices:
-                sizes[device] = max(sizes[device], _shard_bytes(leaf, place, device))
-        for device, size in sizes.items():
-            needed[device] += size
+    largest: dict[Any, int] = collections.Counter()
+    for leaf in jax.tree.leaves(target):
+        for device in leaf.sharding.addressable_devices:
+            needed[device] += sharding.device_bytes(leaf)
+    for leaf in jax.tree.leaves(source):
+        for device in leaf.sharding.addressable_devices:
+            largest[device] = max(largest[device], sharding.device_bytes(leaf))
+    needed = {device: size + largest[device] for device, size in needed.items()}
     refuse_small_memory(needed, str(path))
-
-
-def _shard_bytes(leaf: Any, place: jax.sharding.Sharding, device: Any) -> int:
-    bits = jax.dtypes.itemsize_bits(leaf.dtype)
-    if device.platform == "cpu":
-        bits = max(bits, 8)
-    return math.prod(place.shard_shape(tuple(leaf.shape))) * bits // 8
 
 
 def refuse_small_memory(needed: Mapping[Any, int], what: str) -> None:
@@ -482,7 +501,7 @@ def refuse_small_memory(needed: Mapping[Any, int], what: str) -> None:
 
 def _too_small(what: str, needed: int, where: str, free: int) -> UserError:
     return UserError(
-        f"{what} needs {_size(needed)} of memory, {where} has {_size(free)} left; split it over "
+        f"{what} needs {format_bytes(needed)} of memory, {where} has {format_bytes(free)} left; split it over "
         "more devices with --mesh, or make it smaller with --quantize or --dtype"
     )
 
@@ -499,6 +518,11 @@ def _host_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def format_bytes(count: float) -> str:
+    """1.25 GB; decimal, as disks and bandwidths are."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def check_shapes(
@@ -536,9 +560,13 @@ def stored_bytes(tree: Params) -> int:
 
 
 def _stored_form(tree: Params) -> dict[str, Any]:
-    """Nested dicts of `LazyArray`s, as they are stored: quantized leaves are dicts themselves."""
+    """Nested dicts of `LazyArray`s, as they are stored: quantized leaves are dicts themselves.
 
-    def lazy(leaf: Any) -> LazyArray:
+    Values of 4 bits are packed, in whatever type they are in memory (`whole_bytes`).
+    """
+    packed = {f"{name}.values" for name, leaf in _whole(tree).items() if isinstance(leaf, Int4)}
+
+    def lazy(name: str, leaf: Any) -> LazyArray:
         shape, dtype = tuple(leaf.shape), leaf.dtype
         if isinstance(leaf, LazyArray):
             read = leaf.read
@@ -546,11 +574,11 @@ def _stored_form(tree: Params) -> dict[str, Any]:
             read = lambda: np.asarray(leaf.copy())  # noqa: E731
         else:
             read = lambda: leaf  # noqa: E731
-        if dtype not in NIBBLES:
+        if name not in packed:
             return LazyArray(shape, dtype, read)
         return LazyArray((*shape[:-1], shape[-1] // 2), np.dtype(np.uint8), lambda: pack(read()))
 
-    return _nested({name: lazy(leaf) for name, leaf in _flat(tree).items()})
+    return nested({name: lazy(name, leaf) for name, leaf in _flat(tree).items()}, ".")
 
 
 def open_tree(directory: epath.Path) -> Params:
@@ -675,21 +703,16 @@ def _handler(ocp: Any, progress: Callable[[str, int], None] | None) -> Any:
     )
 
 
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
     """{"a/b": x} as {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        *parents, name = path.split("/")
+        *parents, name = path.split(separator)
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": x} as {"a": {"b": x}}."""
-    return nested({name.replace(".", "/"): leaf for name, leaf in leaves.items()})
 
 
 def _flat(tree: Params) -> dict[str, Any]:
@@ -756,14 +779,10 @@ def _free_bytes(path: epath.Path) -> int:
 
 
 def _disk_full(path: epath.Path, needed: int) -> UserError:
-    free = f", {_size(_free_bytes(path))} free" if _is_local(path) else ""
+    free = f", {format_bytes(_free_bytes(path))} free" if _is_local(path) else ""
     return UserError(
-        f"{path}: disk full: needs {_size(needed)}{free}; make room or write elsewhere"
+        f"{path}: disk full: needs {format_bytes(needed)}{free}; make room or write elsewhere"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _refuse_small_disk(path: epath.Path, needed: int) -> None:

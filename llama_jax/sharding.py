@@ -140,6 +140,30 @@ def shardings(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(sharding, params)
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+    """`tree` as `jax.ShapeDtypeStruct`s that lie as a tree of shardings, or one for all, says."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that the part of each array takes that one device holds; arrays may be abstract.
+
+    4-bit integers take half a byte, except on CPUs, where they take a whole one.
+    """
+
+    def size(x: Any) -> int:
+        bits = jax.dtypes.itemsize_bits(x.dtype)
+        if next(iter(x.sharding.device_set)).platform == "cpu":
+            bits = max(bits, 8)
+        return math.ceil(math.prod(x.sharding.shard_shape(tuple(x.shape))) * bits / 8)
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
 def mesh_of(params: Any) -> Mesh | None:
     """The mesh that the parameters lie on; None on a single device."""
     sharding = jax.tree.leaves(params)[0].sharding
