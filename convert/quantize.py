@@ -34,14 +34,13 @@ PROG = "convert.quantize"
 
 
 def main(arguments: list[str]) -> None:
+    """The command; raises `UserError` for what the user can mend."""
     parser = ArgumentParser(prog=PROG, description=(__doc__ or "").partition("\n\n")[0])
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="model directory")
     add("--output", required=True, metavar="DIR", help="model directory to write")
     add("--quantize", required=True, choices=tuple(KINDS), help="what weights become")
-    add("--quantize-embeddings", action="store_true", help="the embedding and the head as well")
-    add("--group-size", type=int, metavar="N", help="weights to a scale, of int4 and nf4 (64)")
-    add("--double-quantization", action="store_true", help="of nf4: its scales as int8")
+    parser.add_shared("--quantize-embeddings", "--group-size", "--double-quantization")
     args = parser.parse_args(arguments)
     started = time.monotonic()
 

@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ import numpy as np
 import llama_jax
 from llama_jax import sharding
 from llama_jax.checkpoint import stored_bytes
-from llama_jax.command import ArgumentParser, keep_compilations, run
+from llama_jax.command import ArgumentParser, default_dtype, keep_compilations, report, run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.model import Params, forward
@@ -61,24 +60,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="DIR", help="model directory")
     add("--data", required=True, metavar="FILE", help="UTF-8 text, of the kind the model knows")
     add("--quantize", default=kinds, metavar="KINDS", help=f"any of {kinds} (all)")
-    add("--quantize-embeddings", action="store_true", help="the embedding and the head as well")
-    add("--group-size", type=int, metavar="N", help="weights to a scale, of int4 and nf4 (64)")
-    add("--double-quantization", action="store_true", help="of nf4: its scales as int8")
+    parser.add_shared("--quantize-embeddings", "--group-size", "--double-quantization")
     add("--tokens", type=int, default=16384, metavar="N", help="most tokens of the text (16384)")
     add("--window", type=int, metavar="N", help="tokens seen at once (2048, or the context)")
     add("--batch", type=int, default=4, metavar="N", help="windows at once (4)")
-    add("--mesh", metavar="SIZES", help='devices, such as "data=1,tensor=8" (one)')
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(as stored; float32 on CPU)")
+    parser.add_shared("--dtype", "--mesh")
     add("--json", action="store_true", help="a last line of JSON")
     args = parser.parse_args(arguments)
-    for name, least in (("tokens", 1), ("window", 2), ("batch", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} is {value}, expected at least {least}")
-    args.quantize = args.quantize.split(",")
-    for kind in args.quantize:
-        if kind not in ("none", *KINDS):
-            parser.error(f"--quantize has {kind!r}, expected some of {kinds}")
+    parser.refuse_below(args, tokens=1, window=2, batch=1)
+    parser.split_list(args, "quantize", ("none", *KINDS).__contains__, f"some of {kinds}")
     return args
 
 
@@ -146,16 +136,17 @@ def measure(
         count += int(valid.sum())
         if time.monotonic() - printed > LINE_EVERY:
             printed = time.monotonic()
-            _report(f"{name}: {count} tokens, batch {i} of {len(batches)}")
+            report(f"{PROG}: {name}: {count} tokens, batch {i} of {len(batches)}")
     nats, kl, same = (sums / count).tolist()
     return count, nats, kl, same
 
 
 def evaluate(args: argparse.Namespace) -> list[Row]:
-    """One row for each kind of quantization asked for."""
-    dtype = args.dtype
-    if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"  # XLA on CPU multiplies 16-bit weights many times slower
+    """One row for each kind of quantization asked for.
+
+    Raises `UserError` for a model or a text that cannot be read or has no room.
+    """
+    dtype = default_dtype(args.dtype)
     quantizations = [_quantization(kind, args) for kind in args.quantize]
     stored = llama_jax.load(args.checkpoint, dtype=dtype, mesh=args.mesh)
     tokens = read_tokens(args.data, stored.tokenizer, args.tokens)
@@ -178,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         change = math.expm1(nats - base)
         seconds = time.monotonic() - began
         rows.append(Row(kind, size, count, nats, math.exp(nats), change, kl, same, seconds))
-        _report(f"{kind}: {count} tokens in {seconds:.1f} s")
+        report(f"{PROG}: {kind}: {count} tokens in {seconds:.1f} s")
     return rows
 
 
@@ -202,10 +193,6 @@ def table(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
-
-
-def _report(line: str) -> None:
-    print(f"{PROG}: {line}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

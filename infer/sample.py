@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import llama_jax
 from infer.generate import Progress, compile_programs, request_shapes, stream
 from infer.sampling import row_seeds, settings
@@ -26,9 +24,11 @@ from llama_jax.chat import Message, encode_chat, stop_ids
 from llama_jax.command import (
     ArgumentParser,
     agreed,
+    default_dtype,
     is_first_process,
     join_processes,
     keep_compilations,
+    report,
     run,
 )
 from llama_jax.errors import UserError
@@ -59,13 +59,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--echo", action="store_true", help="show the prompt before its completion")
     add("--logprobs", type=int, metavar="N", help="with --json: the N likeliest tokens at each")
     add("--json", action="store_true", help="one JSON object a prompt instead of text")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(as stored; float32 on CPU)")
     add(
         "--quantize", choices=("none", *KINDS), default="none", help="weights, while loading (none)"
     )
-    add("--quantize-embeddings", action="store_true", help="the embedding and the head as well")
-    add("--kv-cache", choices=("int8",), help="keep keys and values as int8 (as --dtype)")
-    add("--mesh", metavar="SIZES", help="devices to split over, data=2,tensor=4 (the first one)")
+    parser.add_shared("--quantize-embeddings", "--kv-cache", "--dtype", "--mesh")
     args = parser.parse_args(arguments)
     for name, valid, expected in (
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
@@ -196,7 +193,7 @@ def complete(
             break
     total = sum(len(completion.tokens) for completion in finished.values())
     seconds = time.perf_counter() - compiled
-    _report(
+    report(
         f"compiled in {compiled - began:.2f} s; first token after {first:.3f} s; "
         f"{total} tokens in {seconds:.2f} s"
         + (f", {(total - len(rows)) / (seconds - first):.1f} tokens/s" if total > len(rows) else "")
@@ -259,7 +256,7 @@ def chat_ids(
 def converse(model: llama_jax.Model, args: argparse.Namespace) -> None:
     """A conversation over standard input, until its end (Ctrl-D). Ctrl-C ends an answer."""
     turns: list[Message] = []
-    _report("Type a message and Enter; Ctrl-C ends an answer, Ctrl-D the conversation.")
+    report("Type a message and Enter; Ctrl-C ends an answer, Ctrl-D the conversation.")
     while (said := _read_line()) is not None:
         if not said.strip():
             continue
@@ -275,7 +272,7 @@ def converse(model: llama_jax.Model, args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             pass  # what was said so far stays in the conversation
         except UserError as error:  # too long, or a tag of the format: this message is left out
-            _report(f"{PROG}: {error}")
+            report(f"{PROG}: {error}")
             continue
         print(flush=True)
         turns = [*asked, Message("assistant", "".join(heard))]
@@ -291,11 +288,6 @@ def _read_line() -> str | None:
     return line.rstrip("\n") if line else None
 
 
-def _report(line: str) -> None:
-    if is_first_process():
-        print(line, file=sys.stderr, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; raises `UserError` for what the user can mend."""
     args = parse(arguments)
@@ -305,16 +297,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.seed is None:
         args.seed = agreed(secrets.randbits(32))
     began = time.perf_counter()
-    dtype = args.dtype
-    if dtype is None and jax.default_backend() == "cpu":
-        dtype = "float32"  # XLA on CPU multiplies 16-bit weights many times slower
     quantization = None
     if args.quantize != "none":
         quantization = Quantization(args.quantize, embeddings=args.quantize_embeddings)
-    model = llama_jax.load(args.checkpoint, dtype=dtype, quantize=quantization, mesh=args.mesh)
+    model = llama_jax.load(
+        args.checkpoint, dtype=default_dtype(args.dtype), quantize=quantization, mesh=args.mesh
+    )
     loaded = f"loaded {args.checkpoint} in {time.perf_counter() - began:.2f} s"
     if not texts:
-        _report(loaded)
+        report(loaded)
         return converse(model, args)
 
     if args.chat:
@@ -322,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         prompts = [model.tokenizer.encode(text, bos=True) for text in texts]
     request_shapes(model.config, prompts, args.max_new_tokens)  # a mistake's line stands alone
-    _report(loaded)
+    report(loaded)
     silent = args.json or not is_first_process()
     show = (lambda *_: None) if silent else Printer(texts, args.echo)
     completions = complete(model, prompts, args, show)

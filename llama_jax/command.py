@@ -1,4 +1,4 @@
-"""What all commands share: one-line errors and exit status 2 for a user's mistake."""
+"""What all commands share: flags, one-line errors and exit status 2 for a user's mistake."""
 
 import argparse
 import contextlib
@@ -12,6 +12,17 @@ from typing import Any, NoReturn
 from llama_jax.errors import UserError
 
 NVIDIA, GOOGLE = "0x10de", "0x1ae0"  # as vendors of PCI cards
+FLAGS: dict[str, dict[str, Any]] = {  # that mean the same in several commands
+    "--quantize-embeddings": {"action": "store_true", "help": "the embedding and the head as well"},
+    "--group-size": {"type": int, "metavar": "N", "help": "weights to a scale, int4 and nf4 (64)"},
+    "--double-quantization": {"action": "store_true", "help": "of nf4: its scales as int8"},
+    "--kv-cache": {"choices": ("int8",), "help": "keep keys and values as int8 (as --dtype)"},
+    "--dtype": {
+        "choices": ("float32", "bfloat16", "float16"),
+        "help": "(as stored; float32 on CPU)",
+    },
+    "--mesh": {"metavar": "SIZES", "help": "devices to split over, data=2,tensor=4 (one)"},
+}
 USERS_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
 
 
@@ -20,6 +31,30 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
+
+    def add_shared(self, *flags: str) -> None:
+        """Adds some of `FLAGS`."""
+        for flag in flags:
+            self.add_argument(flag, **FLAGS[flag])
+
+    def refuse_below(self, args: argparse.Namespace, **least: int) -> None:
+        """Exits where one of these numbers is given and is less."""
+        for name, number in least.items():
+            given = getattr(args, name)
+            if given is not None and given < number:
+                flag = "--" + name.replace("_", "-")
+                self.error(f"{flag} is {given}, expected at least {number}")
+
+    def split_list(
+        self, args: argparse.Namespace, name: str, valid: Callable[[str], bool], expected: str
+    ) -> None:
+        """Makes a list of the words between commas; exits where one is not valid, or there twice."""
+        given = getattr(args, name).split(",")
+        for word in given:
+            if not valid(word) or given.count(word) > 1:
+                what = "twice " * (given.count(word) > 1)
+                self.error(f"--{name} has {what}{word!r}, expected {expected}")
+        setattr(args, name, given)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -57,6 +92,22 @@ def join_processes() -> None:
     several = "JAX_COORDINATOR_ADDRESS" in os.environ or has_accelerator(vendors=(GOOGLE,))
     if several and not jax.distributed.is_initialized():
         jax.distributed.initialize()
+
+
+def default_dtype(given: str | None) -> str | None:
+    """`--dtype`: where it is not given float32 on a CPU, elsewhere None, which is as stored.
+
+    XLA on CPU multiplies 16-bit weights many times slower.
+    """
+    import jax
+
+    return "float32" if given is None and jax.default_backend() == "cpu" else given
+
+
+def report(line: str) -> None:
+    """A line on standard error, by the first process alone."""
+    if is_first_process():
+        print(line, file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:
