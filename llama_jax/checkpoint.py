@@ -344,7 +344,7 @@ def _load_quantized(
         goal, place = goals[name], places[name]
         if quantize is not None and isinstance(goal, Quantized):
             made: Any = _quantizer(quantize, place.replace(dtype=array.dtype))(array)
-            return whole_bytes(made.replace(dtype=goal.dtype))
+            return whole_bytes(made.replace(dtype=goals[name].dtype))
         if goal.dtype in NIBBLES:
             return whole_bytes(_unpacker(goal.dtype, place)(array))
         return array.astype(goal.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from oracle import CONFIGS, random_params
 
-from infer import bench, generate
+from infer import bench, generate, machine, plot, random_weights
 from infer.bench import Case, Driver, Prepared, Run, Setup
 from infer.sampling import settings
 from llama_jax import checkpoint, config, sharding
@@ -37,7 +37,7 @@ def model_dir(tmp_path_factory):
 def small():
     """A model that is no release, and a copy that takes no time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "COPY_BYTES", 1 << 16)
+        patch.setattr(machine, "COPY_BYTES", 1 << 16)
         patch.setitem(config.PRESETS, "tiny", CONFIG)
         yield
 
@@ -47,6 +47,7 @@ def make_setup(**changes):
         "model": "tiny",
         "config": CONFIG,
         "stored": False,
+        "stored_kind": "none",
         "dtype": "float32",
         "mesh": None,
         "int8_cache": False,
@@ -177,14 +178,21 @@ def test_pictures_are_of_a_size_to_read(printed, tmp_path):
     result["rows"] += [
         row | {"batch": 8, "tokens_per_s": 100 * row["tokens_per_s"]} for row in result["rows"]
     ]
-    bench.plot(result, str(tmp_path / "lines.png"))
+    plot.draw(result, "title\nof two lines", str(tmp_path / "lines.png"))
     assert bars == png_size(tmp_path / "lines.png") == (1430, 650)
 
 
 def test_a_row_has_the_medians_of_all_repeats():
     runs = [Run(0.3, [0.002, 0.004], np.zeros(0)), Run(0.1, [0.001, 0.002], np.zeros(0))]
     driver = Driver([], lambda: None, lambda state, n: state, lambda state: state)
-    prepared = Prepared(Case("int8", True, 4), driver, 1.5, 100, 2_000_000, 300, True, runs)
+    costs = {
+        "compile_s": 1.5,
+        "program_bytes": 100,
+        "step_bytes": 2_000_000,
+        "peak_bytes": 300,
+        "peak_is_bound": True,
+    }
+    prepared = Prepared(Case("int8", True, 4), driver, costs, runs)
     row = bench.make_row(make_setup(), prepared, 4.0)
     assert (row.ttft_s, row.ttft_s_min, row.ttft_s_max) == (pytest.approx(0.2), 0.1, 0.3)
     assert (row.ms_per_token, row.ms_per_token_min, row.ms_per_token_max) == (2, 1, 4)
@@ -228,21 +236,21 @@ def test_random_weights_are_the_same_of_every_kind_and_on_every_mesh():
         jax.tree.map(np.testing.assert_array_equal, made, expected)
         abstract = bench.abstract_weights(one, kind)
         assert jax.tree.structure(abstract) == jax.tree.structure(made)
-        assert bench.device_bytes(abstract) == bench.device_bytes(made)
+        assert sharding.device_bytes(abstract) == sharding.device_bytes(made)
     up = made["layers_0"]["mlp"]["up"]["kernel"].values
     assert {shard.data.shape for shard in up.addressable_shards} == {(40, 48)}
 
 
 def test_no_second_copy_of_random_weights(monkeypatch):
     live = []
-    make = bench._leaf_maker
+    make = random_weights.leaf_maker
 
     def counted(*arguments):
         kernels = [x for x in jax.live_arrays() if x.shape == (80, 48) and x.dtype == jnp.float32]
         live.append(len(kernels))
         return make(*arguments)
 
-    monkeypatch.setattr(bench, "_leaf_maker", counted)
+    monkeypatch.setattr(random_weights, "leaf_maker", counted)
     params = bench.make_weights(make_setup(), "int8")
     assert isinstance(params["layers_0"]["mlp"]["up"]["kernel"], Int8)
     assert len(set(live)) == 1
@@ -264,7 +272,7 @@ def test_kinds_that_do_not_fit_together_are_measured_one_after_the_other(monkeyp
     monkeypatch.setattr(checkpoint, "refuse_small_memory", lambda sizes, _: needed.append(sizes))
     bench.refuse_small_memory(setup, cases)
     monkeypatch.undo()
-    monkeypatch.setattr(bench, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(checkpoint, "_host_memory", lambda: sum(needed[0].values()) - 1)
     result = bench.bench(setup, cases, 1)
     assert not result["interleaved"]
@@ -321,11 +329,11 @@ class Device:
         self.memory_stats = lambda: {"peak_bytes_in_use": peak}
 
 
-def test_the_peak_is_of_the_fullest_device_where_devices_tell(monkeypatch):
-    monkeypatch.setattr(Setup, "devices", [Device(5), Device(7)])
-    assert bench.peak_source(make_setup()) == "device"
-    assert bench.peak_bytes(make_setup()) == 7
-    assert bench.device_name(Device(0)) == "NVIDIA H100"
+def test_the_peak_is_of_the_fullest_device_where_devices_tell():
+    devices = [Device(5), Device(7)]
+    assert machine.peak_source(devices) == "device"
+    assert machine.peak_bytes(devices) == 7
+    assert machine.device_name(Device(0)) == "NVIDIA H100"
 
 
 def test_a_quantized_model_is_measured_as_it_is(tmp_path):
@@ -341,7 +349,7 @@ def test_a_quantized_model_is_measured_as_it_is(tmp_path):
     args = bench.parse(["--checkpoint", str(path), *SHORT])
     assert bench.make_cases(args, setup) == [Case("int8", True, 1)]
     made, abstract = bench.make_weights(setup, "int8"), bench.abstract_weights(setup, "int8")
-    assert bench.device_bytes(made) == bench.device_bytes(abstract)
+    assert sharding.device_bytes(made) == sharding.device_bytes(abstract)
     assert jax.tree.structure(made) == jax.tree.structure(abstract)
 
 
@@ -395,16 +403,16 @@ def test_a_picture_that_cannot_be_written(tmp_path, monkeypatch):
     folder = tmp_path / "a.png"
     folder.mkdir()
     with pytest.raises(UserError, match="which cannot be written"):
-        bench.refuse_plot(str(folder))
-    monkeypatch.setattr(bench.os, "access", lambda *_: False)
+        plot.refuse(str(folder))
+    monkeypatch.setattr(plot.os, "access", lambda *_: False)
     with pytest.raises(UserError, match="which cannot be written"):
-        bench.refuse_plot(str(tmp_path / "b.png"))
+        plot.refuse(str(tmp_path / "b.png"))
 
 
 def test_without_matplotlib_a_line_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"install 'llama-jax\[plot\]'"):
-        bench.refuse_plot(str(tmp_path / "a.png"))
+        plot.refuse(str(tmp_path / "a.png"))
 
 
 def test_batches_of_a_profile_of_the_cache():
