@@ -39,14 +39,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from infer import machine, plot
-from infer.generate import (
-    Shapes,
-    State,
-    chunks,
-    compile_programs,
-    make_request,
-    request_shapes,
-)
+from infer.generate import Shapes, State, chunks, compile_programs, make_request, request_shapes
 from infer.random_weights import random_weights
 from infer.sampling import settings
 from llama_jax import cache as kv
@@ -115,6 +108,7 @@ class Setup:
         return rng.integers(0, self.config.vocab_size, size).tolist()
 
     def shapes(self, batch: int) -> Shapes:
+        """The buckets in which generation puts these prompts."""
         shapes = request_shapes(self.config, self.prompts(batch), self.new_tokens)
         return shapes._replace(int8_cache=self.int8_cache)
 
@@ -369,21 +363,11 @@ def prepare(
     """Compiles all cases of these weights and runs each once.
 
     `others` is how many bytes of other weights a device holds. Small programs run first, because
-    a device tells only the largest peak so far. Raises `UserError` where a program has no room.
+    a device tells only the largest peak so far. `compile_s` keeps the seconds of the first
+    compilation of each case. Raises `UserError` where a program has no room.
     """
-    compiled = []
-    weights = device_bytes(params)
-    for case in cases:
-        began = time.perf_counter()
-        make = with_cache if case.cache else without_cache
-        driver = make(setup, params, case.batch)
-        seconds = compile_s.setdefault(case, time.perf_counter() - began)
-        size = program_bytes(driver)
-        needed = dict.fromkeys(setup.devices, size - weights)
-        checkpoint.refuse_small_memory(needed, f"{setup.model} ({case}) beside its weights")
-        report(f"{PROG}: {case}: compiled in {seconds:.1f} s")
-        compiled.append((size, case, driver))
     prepared = []
+    compiled = [_compile(setup, params, case, compile_s) for case in cases]
     of_device = machine.peak_source(setup.devices) == "device"
     absent = others if of_device else others * len(setup.devices)
     for size, case, driver in sorted(compiled, key=lambda one: one[0]):
@@ -400,6 +384,21 @@ def prepare(
         }
         prepared.append(Prepared(case, driver, costs))
     return prepared
+
+
+def _compile(
+    setup: Setup, params: Params, case: Case, compile_s: dict[Case, float]
+) -> tuple[int, Case, Driver]:
+    """A case with its driver, and the bytes of its largest program in front."""
+    began = time.perf_counter()
+    make = with_cache if case.cache else without_cache
+    driver = make(setup, params, case.batch)
+    seconds = compile_s.setdefault(case, time.perf_counter() - began)
+    size = program_bytes(driver)
+    needed = dict.fromkeys(setup.devices, size - device_bytes(params))
+    checkpoint.refuse_small_memory(needed, f"{setup.model} ({case}) beside its weights")
+    report(f"{PROG}: {case}: compiled in {seconds:.1f} s")
+    return size, case, driver
 
 
 def bench(setup: Setup, cases: Sequence[Case], repeats: int) -> dict[str, Any]:
@@ -449,7 +448,7 @@ def _measure(
 ) -> list[Row]:
     """The rows of some kinds of weights, all of which are here at once.
 
-    `compile_s` keeps the time of the first compilation of each case.
+    For `compile_s` see `prepare`.
     """
     refuse_small_memory(setup, [case for group in groups for case in group])
     prepared: list[Prepared] = []
@@ -458,12 +457,10 @@ def _measure(
         kind = group[0].quantize
         began = time.perf_counter()
         params = make_weights(setup, kind)
-        seconds = time.perf_counter() - began
-        report(
-            f"{PROG}: {kind}: {format_bytes(device_bytes(params))} of weights a device in {seconds:.1f} s"
-        )
+        size, seconds = device_bytes(params), time.perf_counter() - began
+        report(f"{PROG}: {kind}: {format_bytes(size)} of weights a device in {seconds:.1f} s")
         prepared += prepare(setup, params, others, group, compile_s)
-        others += device_bytes(params)
+        others += size
     copy = 0.0
     for i in range(1, repeats + 1):
         copy = max(copy, machine.copy_gb_s(setup.devices))

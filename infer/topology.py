@@ -9,8 +9,8 @@ which comes with libtpu (TPU) and with JAX's CUDA plug-in (GPU); neither needs i
 Figures are those of the makers for dense products: cloud.google.com/tpu/docs and NVIDIA's data
 sheets of H100 SXM and A100 SXM. Memory is what a program may use: of TPUs what their compiler
 allows, of GPUs 95% of what the driver reports, if XLA_PYTHON_CLIENT_MEM_FRACTION=.95 says so; left
-alone JAX takes 75%. The clock is the one that `estimated_cycles` count, which
-is the peak divided by the operations of all matrix units in a cycle.
+alone JAX takes 75%. The clock is the one that `estimated_cycles` count: the peak divided by the
+operations of all matrix units in a cycle.
 """
 
 import contextlib
