@@ -79,11 +79,15 @@ LOGICAL_AXES = "cache_batch", "kv_heads", None, None
 
 
 def append(cache: KVCache, new: tuple[Entries, ...], lengths: jax.Array) -> KVCache:
-    """Writes the first `lengths[b]` of each row's T new positions behind what is there.
+    """`cache` with the first `lengths[b]` of each row's T new positions behind what is there.
 
     A row whose length is 0 is left as it is; positions beyond the capacity are dropped.
 
       length [2, 5], T 3, lengths [3, 1] -> slots 2, 3, 4 of row 0 and slot 5 of row 1
+
+    Args:
+      new: plain keys and values [B, K, T, H] of each layer; quantized here if the cache is.
+      lengths: int32 [B], at most T.
     """
     B, K, T, H = new[0][0].shape
     S = cache.capacity

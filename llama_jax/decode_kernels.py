@@ -23,7 +23,9 @@ ROWS = 32  # values of so many slots, are the least that can be written
 BLOCK_BYTES = 1 << 20  # of keys or values that a step of `attend` reads
 WHOLE = pl.BlockSpec(memory_space=pltpu.VMEM)
 
-Entries = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # values and scales of keys and values
+Int8Arrays = tuple[
+    jax.Array, jax.Array, jax.Array, jax.Array
+]  # values and scales of keys and values
 
 
 def fits(K: int, S: int, H: int) -> bool:
@@ -39,7 +41,7 @@ def _block(K: int, S: int, H: int) -> int:
     return size
 
 
-def _in_hbm(cached: Entries, interpret: bool) -> Entries:
+def _in_hbm(cached: Int8Arrays, interpret: bool) -> Int8Arrays:
     """`cached`, to stay where it is: XLA would fetch all of it, and after the write put it back."""
     if interpret:
         return cached
@@ -54,7 +56,7 @@ def attend(
     q_BNH: jax.Array,
     k_BKH: jax.Array,
     v_BKH: jax.Array,
-    cached: Entries,
+    cached: Int8Arrays,
     length_B: jax.Array,
     *,
     interpret: bool = False,
@@ -153,13 +155,13 @@ def _attend(
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def append(
-    cached: Entries,
+    cached: Int8Arrays,
     k_BKH: jax.Array,
     v_BKH: jax.Array,
     slot_B: jax.Array,
     *,
     interpret: bool = False,
-) -> Entries:
+) -> Int8Arrays:
     """`cached` with the new position of each row at `slot_B`; nothing is written at -1."""
     B, K, _, H = cached[0].shape
 

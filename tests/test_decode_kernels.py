@@ -31,7 +31,7 @@ def normal(*shape, dtype=jnp.float32, seed=0):
 
 
 def filled(B, K, S):
-    """Int8 entries of order 1 and their scales, of keys and values; as `decode_kernels.Entries`."""
+    """Int8 entries of order 1 and their scales, of keys and values; as `decode_kernels.Int8Arrays`."""
     rng = np.random.default_rng(1)
 
     def one():
