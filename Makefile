@@ -5,16 +5,22 @@ PYTHON ?= python3.11
 PROMPT ?= Subject to the terms and conditions
 BIN := .venv/bin
 READY := .venv/.ready
+DEVELOP := .venv/.develop
 
 .PHONY: setup sample test lint format clean
 
-setup: $(READY)
+setup: $(DEVELOP)
 
 # torch first and pinned: an unpinned one drags in gigabytes of CUDA.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[convert,hf]'
+	touch $@
+
+# What tests need: the TPU and CUDA compilers too.
+$(DEVELOP): $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,plan,plot,dev]'
 	touch $@
 
@@ -32,15 +38,15 @@ out/tiny: | out/tiny-meta
 sample: $(READY) out/tiny
 	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)" --echo --max-new-tokens 100
 
-test: $(READY)
+test: $(DEVELOP)
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(DEVELOP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-format: $(READY)
+format: $(DEVELOP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes of "startup" as well
+
 import jax
 import numpy as np
 import torch

@@ -609,7 +609,7 @@ def make_cases(args: argparse.Namespace, setup: Setup) -> list[Case]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; raises `UserError` for what the user can mend."""
     args = parse(arguments)
-    if args.plot:
+    if args.plot is not None:
         plot.refuse(args.plot)
     setup = make_setup(args)
     cases = make_cases(args, setup)

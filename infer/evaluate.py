@@ -26,7 +26,7 @@ import numpy as np
 
 import llama_jax
 from llama_jax import sharding
-from llama_jax.checkpoint import stored_bytes
+from llama_jax.checkpoint import refuse_quantized, stored_bytes
 from llama_jax.command import ArgumentParser, default_dtype, keep_compilations, report, run
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
@@ -69,6 +69,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     parser.refuse_below(args, tokens=1, window=2, batch=1)
     parser.split_list(args, "quantize", ("none", *KINDS).__contains__, f"some of {kinds}")
+    for given, flag, takers in (
+        (args.group_size is not None, "--group-size", GROUPED),
+        (args.double_quantization, "--double-quantization", ("nf4",)),
+        (args.quantize_embeddings, "--quantize-embeddings", tuple(KINDS)),
+    ):
+        if given and not set(takers) & set(args.quantize):
+            parser.error(f"{flag} is for {' and '.join(takers)}; add one of them to --quantize")
     return args
 
 
@@ -147,11 +154,14 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
     Raises `UserError` for a model or a text that cannot be read or has no room.
     """
     dtype = default_dtype(args.dtype)
+    if args.quantize != ["none"]:
+        refuse_quantized(args.checkpoint)
     quantizations = [_quantization(kind, args) for kind in args.quantize]
     stored = llama_jax.load(args.checkpoint, dtype=dtype, mesh=args.mesh)
     tokens = read_tokens(args.data, stored.tokenizer, args.tokens)
     window = min(args.window or 2048, stored.config.context, len(tokens))
-    batches = list(windows(tokens, stored.tokenizer.bos_id, window, args.batch))
+    batch = min(args.batch, -(-len(tokens) // window))
+    batches = list(windows(tokens, stored.tokenizer.bos_id, window, batch))
     rows: list[Row] = []
     base = None
     for kind, quantization in zip(args.quantize, quantizations, strict=True):

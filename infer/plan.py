@@ -35,6 +35,7 @@ from llama_jax.quant import KINDS, Quantization
 
 PROG = "infer.plan"
 PROMPT = 512  # tokens, where nothing is said
+MOST_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -372,6 +373,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="one JSON object instead of text")
     args = parser.parse_args(arguments)
     if args.chips is None and not args.find:
+        if args.preset or args.checkpoint:
+            parser.error("no chips given; add --chips NAME, or --find for the smallest that fit")
         return args
     if (args.preset is None) == (args.checkpoint is None):
         given = "both" if args.preset else "neither"
@@ -395,13 +398,23 @@ def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) ->
         raise UserError(
             f"--prompt-tokens {prompt} leaves no room in a context of {context}; give less than that"
         )
+    if args.batch > MOST_ROWS:
+        raise UserError(f"--batch is {args.batch}, expected at most {MOST_ROWS}")
+    kind, embeddings = args.quantize, args.quantize_embeddings
+    if args.checkpoint and (stored := checkpoint.load_quantization(args.checkpoint)[0]):
+        if kind != "none":
+            raise UserError(
+                f"{args.checkpoint} is quantized to {stored.kind} already; leave --quantize out, or "
+                "plan for the model that it was made of"
+            )
+        kind, embeddings = stored.kind, stored.embeddings
     return Request(
         model=args.preset or args.checkpoint,
         config=config,
         chips=chips,
         mesh=args.mesh or default_mesh(config, chips, args.batch),
-        quantize=args.quantize,
-        quantize_embeddings=args.quantize_embeddings,
+        quantize=kind,
+        quantize_embeddings=embeddings,
         dtype=args.dtype,
         int8_cache=args.kv_cache == "int8",
         batch=args.batch,

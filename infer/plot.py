@@ -5,7 +5,6 @@ extra `plot`.
 """
 
 import importlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,14 @@ def refuse(file: str) -> None:
         raise UserError(f"--plot is {file}, expected a name that ends in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise UserError(f"--plot is {file}, but {path.parent} is not a directory; make it first")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--plot is {file}, which cannot be written; name another file")
+    there = path.exists()
+    try:
+        with open(path, "ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--plot is {file}: {error.strerror}; name another file") from None
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError:

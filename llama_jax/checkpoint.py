@@ -249,13 +249,17 @@ def load_quantization(path: str | os.PathLike) -> tuple[Quantization | None, np.
     file = _absolute(path) / QUANTIZATION
     if not file.exists():
         return None, np.dtype(np.float32)
+    if file.is_dir():
+        raise UserError(f"{file} is a directory, expected a file; quantize the model again")
     try:
         fields = json.loads(file.read_bytes().decode("utf-8"))
         dtype = np.dtype(fields.pop("dtype"))
         return Quantization(**fields), dtype
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is not what convert.quantize writes ({reason})") from None
+        raise UserError(
+            f"{file} is not what convert.quantize writes ({reason}); quantize the model again"
+        ) from None
 
 
 def refuse_quantized(path: str | os.PathLike) -> None:

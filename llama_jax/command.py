@@ -145,7 +145,9 @@ def use_present_hardware() -> None:
 def has_accelerator(root: Path = Path("/"), vendors: tuple[str, ...] = (NVIDIA, GOOGLE)) -> bool:
     """Whether a GPU or TPU of these vendors, its driver, or its environment is seen. Linux only."""
     variables = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")
-    if GOOGLE in vendors and any(name in os.environ for name in variables):
+    values = [os.environ.get(name, "") for name in variables]
+    # jax puts "WARNING: …" there where libtpu is and no TPU, and child processes inherit it
+    if GOOGLE in vendors and any(v and not v.startswith("WARNING") for v in values):
         return True
     nodes = ("nvidia*", "dxg", "kfd") if NVIDIA in vendors else ()
     nodes += ("accel*", "vfio/[0-9]*") if GOOGLE in vendors else ()

@@ -15,6 +15,7 @@ A user asks for `data=2,tensor=16`; `make_mesh` makes `query` of what exceeds th
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -69,8 +70,8 @@ def make_mesh(sizes: str, config: LlamaConfig, devices: Sequence[Any] | None = N
     count = math.prod(asked.values())
     if count > len(devices) or (count < len(devices) and jax.process_count() > 1):
         raise UserError(
-            f"--mesh {sizes} needs {count} devices, but there are {len(devices)}; "
-            "the sizes multiplied must give the number of devices"
+            f"--mesh {sizes} needs {count} devices, but there are {len(devices)}; give sizes whose "
+            "product is that, or less in a single process"
         )
     tensor, kv = asked["tensor"], config.n_kv_heads
     shared = min(tensor, kv)
@@ -216,14 +217,15 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def _parse(sizes: str) -> dict[str, int]:
-    expected = f'--mesh is {sizes!r}, expected sizes such as "data=2,tensor=4"'
+    expected = (
+        f"--mesh is {sizes!r}, expected data and tensor, each at most once and at least 1, such as "
+        '"data=2,tensor=4"'
+    )
     asked = {"data": 1, "tensor": 1}
     seen = set()
     for part in sizes.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in asked or name in seen or not size.isascii() or not size.isdigit():
-            raise UserError(expected)
-        if int(size) < 1:
+        if name not in asked or name in seen or not re.fullmatch("0{0,9}[1-9][0-9]{0,9}", size):
             raise UserError(expected)
         seen.add(name)
         asked[name] = int(size)
