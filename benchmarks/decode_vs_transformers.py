@@ -1,14 +1,13 @@
 """Prefill and decode on CPU beside Hugging Face transformers, with the same weights, in one run.
 
-    python -m benchmarks.decode_vs_transformers [--new-tokens 128] [--repeats 5] [--llama-cpp PYTHON]
+    python -m benchmarks.decode_vs_transformers [--new-tokens 128] [--repeats 5]
 
 The model has the shape of a 110M-parameter Llama with random weights; all sides are greedy, and
 those in float32 must draw the same tokens. Ours runs in float32 and with all weights as int8. Sides
 alternate, so that a machine that drifts is fair to all; medians are reported. No step can be faster
 than its weights are read, so the rate at which the machine reads memory is measured beside it.
-"startup" is a whole process from the shell to the first token, the second time it is run. With
-`--llama-cpp`, the interpreter of an environment that has llama-cpp-python, llama.cpp is measured
-right after (`benchmarks/llama_cpp_peer.py`). The last line is JSON.
+"startup" is a whole process from the shell to the first token, the second time it is run. The last
+line is JSON.
 """
 
 import argparse
@@ -194,7 +193,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--llama-cpp", metavar="PYTHON")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -217,13 +215,7 @@ def main() -> None:
         ratios = f"{case['f32_over_transformers']:.2f} | {case['int8_over_f32']:.2f}"
         print(f"| {case['name']} | {rates} | {ratios} |")
     print(f"\nsecond start to the first token: {seconds[0]:.2f} s, transformers {seconds[1]:.2f} s")
-    result: dict[str, Any] = {"cases": cases, "startup_s": seconds}
-    if args.llama_cpp:
-        peer = [args.llama_cpp, "benchmarks/llama_cpp_peer.py"]
-        output = subprocess.run(peer, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-        print(f"\n{output.stdout.rsplit(chr(10), 2)[0]}")
-        result["llama_cpp"] = json.loads(output.stdout.splitlines()[-1])
-    print(json.dumps(result))
+    print(json.dumps({"cases": cases, "startup_s": seconds}))
 
 
 if __name__ == "__main__":
