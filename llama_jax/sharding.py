@@ -218,8 +218,8 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 def _parse(sizes: str) -> dict[str, int]:
     expected = (
-        f"--mesh is {sizes!r}, expected data and tensor, each at most once and at least 1, such as "
-        '"data=2,tensor=4"'
+        f'--mesh is {sizes!r}, expected sizes such as "data=2,tensor=4": data and tensor, each at '
+        "most once and at least 1"
     )
     asked = {"data": 1, "tensor": 1}
     seen = set()

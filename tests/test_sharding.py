@@ -419,7 +419,7 @@ MALFORMED = (
     "8",
 )
 IMPOSSIBLE = {
-    "tensor=16": "--mesh tensor=16 needs 16 devices, but there are 8; the sizes multiplied must",
+    "tensor=16": "--mesh tensor=16 needs 16 devices, but there are 8; give sizes whose product",
     "data=4,tensor=4": "--mesh data=4,tensor=4 needs 16 devices, but there are 8",
     "tensor=3": "--mesh tensor=3: tensor=3 does not split 8 query heads on 4 KV heads evenly; 1, 2, 4, 8 do",
     "tensor=6": "--mesh tensor=6: tensor=6 does not split 8 query heads on 4 KV heads evenly; 1, 2, 4, 8 do",
