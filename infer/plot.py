@@ -28,7 +28,9 @@ def refuse(file: str) -> None:
         if not there:
             path.unlink()
     except OSError as error:
-        raise UserError(f"--plot is {file}: {error.strerror}; name another file") from None
+        raise UserError(
+            f"--plot is {file}, which cannot be written ({error.strerror}); name another file"
+        ) from None
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError:
