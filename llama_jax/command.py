@@ -89,9 +89,18 @@ def join_processes() -> None:
     """
     import jax
 
-    several = "JAX_COORDINATOR_ADDRESS" in os.environ or has_accelerator(vendors=(GOOGLE,))
-    if several and not jax.distributed.is_initialized():
+    asked = "JAX_COORDINATOR_ADDRESS" in os.environ
+    if not (asked or GOOGLE in _cards(Path("/"))) or jax.distributed.is_initialized():
+        return
+    try:
         jax.distributed.initialize()
+    except ValueError as error:  # what it needs to know and does not find
+        if not asked:
+            raise
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS is set, but not which process this is ({error}); start it by a "
+            "launcher such as Slurm or Open MPI, or unset it"
+        ) from None
 
 
 def default_dtype(given: str | None) -> str | None:
@@ -142,19 +151,22 @@ def use_present_hardware() -> None:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
-def has_accelerator(root: Path = Path("/"), vendors: tuple[str, ...] = (NVIDIA, GOOGLE)) -> bool:
-    """Whether a GPU or TPU of these vendors, its driver, or its environment is seen. Linux only."""
+def has_accelerator(root: Path = Path("/")) -> bool:
+    """Whether a GPU or TPU, its driver, or the environment of a TPU is seen. Linux only."""
     variables = ("TPU_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")
     values = [os.environ.get(name, "") for name in variables]
     # jax puts "WARNING: …" there where libtpu is and no TPU, and child processes inherit it
-    if GOOGLE in vendors and any(v and not v.startswith("WARNING") for v in values):
+    if any(value and not value.startswith("WARNING") for value in values):
         return True
-    nodes = ("nvidia*", "dxg", "kfd") if NVIDIA in vendors else ()
-    nodes += ("accel*", "vfio/[0-9]*") if GOOGLE in vendors else ()
+    nodes = ("accel*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd")
     if any(any((root / "dev").glob(node)) for node in nodes):
         return True
-    cards = map(_accelerator_vendor, (root / "sys/bus/pci/devices").glob("*"))
-    return any(vendor in vendors for vendor in cards)
+    return bool({NVIDIA, GOOGLE} & _cards(root))
+
+
+def _cards(root: Path) -> set[str | None]:
+    """The vendors of the PCI cards that may be accelerators."""
+    return set(map(_accelerator_vendor, (root / "sys/bus/pci/devices").glob("*")))
 
 
 def _accelerator_vendor(pci: Path) -> str | None:

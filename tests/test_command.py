@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from llama_jax import command
+from llama_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,3 +95,26 @@ def test_standard_error_is_clean_without_an_accelerator(early):
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert (result.stdout, result.stderr, result.returncode) == ("cpu\n", "", 0)
+
+
+@pytest.mark.parametrize("node", ["accel/accel0", "vfio/1"])
+def test_only_a_tpu_joins_processes_by_itself(bare, monkeypatch, tmp_path, node):
+    """An NPU, or a card given to a virtual machine, has such nodes too."""
+    joined = []
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setattr(command, "Path", lambda _: tmp_path)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda: joined.append(True))
+    path = tmp_path / "dev" / node
+    path.parent.mkdir(parents=True)
+    path.touch()
+    command.join_processes()
+    assert not joined
+    pci(tmp_path, "0x1ae0", "0x120000")
+    command.join_processes()
+    assert joined
+
+
+def test_a_coordinator_without_a_launcher_is_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="but not which process this is"):
+        command.join_processes()
