@@ -114,7 +114,16 @@ def test_only_a_tpu_joins_processes_by_itself(bare, monkeypatch, tmp_path, node)
     assert joined
 
 
-def test_a_coordinator_without_a_launcher_is_one_line(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(UserError, match="but not which process this is"):
-        command.join_processes()
+def test_a_coordinator_without_a_launcher_is_one_line():
+    """In a process of its own: processes join before JAX computes anything."""
+    code = (
+        "from llama_jax import command\n"
+        "command.run(lambda arguments: command.join_processes(), 'test')"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "but not which process this is" in result.stderr

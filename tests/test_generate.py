@@ -377,12 +377,24 @@ def gaps(params, prompt, tokens):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_weights_generate_what_forward_predicts(params, kind, tmp_path):
-    """As loaded from a directory: jax refuses committed 4-bit arrays in compiled programs."""
+    """As loaded from a directory: jax refuses committed 4-bit arrays in compiled programs.
+
+    Where activations are rounded too, a last bit of difference moves one to the next of its 255
+    levels: that costs less than rounding all of them, which is what lies between W8A8 and Int8.
+    """
     save_model(tmp_path / "model", CONFIG, params, tokenizer=None, provenance={})
-    quantized = load_params(tmp_path / "model", quantize=Quantization(kind, embeddings=True))
+
+    def loaded(kind):
+        return load_params(tmp_path / "model", quantize=Quantization(kind, embeddings=True))
+
+    quantized = loaded(kind)
     out = generate(CONFIG, quantized, PROMPTS, greedy(PROMPTS), max_new_tokens=8)
     for prompt, tokens in zip(PROMPTS, completions(out), strict=True):
-        assert gaps(quantized, prompt, tokens).max() < 1e-3
+        bound = 1e-3
+        if kind in ("w8a8", "llm_int8"):
+            exact, rounded = (predictions(loaded(k), prompt, tokens) for k in ("int8", kind))
+            bound = np.abs(rounded - exact).max()
+        assert gaps(quantized, prompt, tokens).max() < bound
 
 
 def test_an_int8_cache_generates_nearly_what_forward_predicts(params):
