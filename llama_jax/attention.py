@@ -21,11 +21,15 @@ BLOCK = 512  # cached positions that the plain form reads at once for more than 
 DECODE_ROOM = 1024  # least S for which a decode step on TPU or GPU takes a kernel
 
 Arrays = tuple[jax.Array, jax.Array]  # keys and values that are not quantized
-Kernel = Callable[..., jax.Array]  # (q_BTNH, new, cached, length_B) -> out_BTNH
+Kernel = Callable[..., jax.Array]  # (q_BTNH, new, cached, length_B, segments_BT) -> out_BTNH
 
 
 def attend(
-    q_BTNH: jax.Array, new: Arrays, cached: Entries | None, length_B: jax.Array
+    q_BTNH: jax.Array,
+    new: Arrays,
+    cached: Entries | None,
+    length_B: jax.Array,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Each query sees the cached positions of its row and the new ones up to its own.
 
@@ -42,14 +46,16 @@ def attend(
       cached: those of earlier positions, [B, K, S, H], as arrays or as int8 with scales; None
         where there are none. Not differentiable where S and T are large.
       length_B: how many of the S slots of each row are filled.
+      segments_BT: without a cache, which of the texts packed in its row a position belongs to;
+        it sees no other.
 
     Returns [B, T, N*H] in the dtype of the queries. Softmax is float32, as in Meta's reference.
     """
     B, T, N, H = q_BTNH.shape
-    operands = q_BTNH, new, cached, length_B
+    operands = q_BTNH, new, cached, length_B, segments_BT
     large = T > 1 and cached is not None and _slots(cached) > BLOCK
     plain: Kernel = _blockwise if large else _whole
-    fused = _fused(q_BTNH, cached)
+    fused = _fused(q_BTNH, cached, segments_BT)
     if fused:
         out_BTNH = jax.lax.platform_dependent(*operands, **fused, default=plain)
     else:
@@ -105,20 +111,28 @@ def _ungrouped(out_BKGTH: jax.Array) -> jax.Array:
     return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, K * G, H)
 
 
-def _new_scores(q_BTKGH: jax.Array, k_BKTH: jax.Array) -> jax.Array:
+def _new_scores(
+    q_BTKGH: jax.Array, k_BKTH: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
     T = q_BTKGH.shape[1]
-    causal_TT = jnp.tril(jnp.ones((T, T), bool))
-    return jnp.where(causal_TT[None, None, None], scores(q_BTKGH, k_BKTH), MASKED)
+    seen_BTT = jnp.tril(jnp.ones((T, T), bool))[None]
+    if segments_BT is not None:
+        seen_BTT = seen_BTT & (segments_BT[:, :, None] == segments_BT[:, None])
+    return jnp.where(seen_BTT[:, None, None], scores(q_BTKGH, k_BKTH), MASKED)
 
 
 def _whole(
-    q_BTNH: jax.Array, new: Arrays, cached: Entries | None, length_B: jax.Array
+    q_BTNH: jax.Array,
+    new: Arrays,
+    cached: Entries | None,
+    length_B: jax.Array,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """All scores of a query at once, over all the room of the cache."""
     dtype = q_BTNH.dtype
     k_BKTH, v_BKTH = new
     q_BTKGH = _grouped(q_BTNH, k_BKTH.shape[1])
-    scores_BKGTS = _new_scores(q_BTKGH, k_BKTH)
+    scores_BKGTS = _new_scores(q_BTKGH, k_BKTH, segments_BT)
     if cached is None:
         return _ungrouped(mix(jax.nn.softmax(scores_BKGTS), v_BKTH, dtype))
     k_BKSH, v_BKSH = cached
@@ -140,7 +154,9 @@ def _slice(entries: Any, begin: jax.Array) -> Any:
     )
 
 
-def _blockwise(q_BTNH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Array) -> jax.Array:
+def _blockwise(
+    q_BTNH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Array, _: None = None
+) -> jax.Array:
     """The same, a block of the cache at a time, up to the longest row (arXiv 2205.14135).
 
     Scores take [T, BLOCK] for each head, and time follows what is filled.
@@ -179,7 +195,9 @@ def _blockwise(q_BTNH: jax.Array, new: Arrays, cached: Entries, length_B: jax.Ar
 # --- fused ---
 
 
-def _fused(q_BTNH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
+def _fused(
+    q_BTNH: jax.Array, cached: Entries | None, segments_BT: jax.Array | None
+) -> dict[str, Kernel]:
     """The kernels that take these shapes, by platform; none where the plain form is as good.
 
     An int8 cache is for the kernel of our own: the others know no scales, and a dequantized copy
@@ -193,7 +211,9 @@ def _fused(q_BTNH: jax.Array, cached: Entries | None) -> dict[str, Kernel]:
     if cached is None:
         if T >= kernels.SMALLEST:
             chosen["tpu"] = _splash_causal
-            if kernels.cudnn_is_there():
+            if segments_BT is not None:
+                chosen["cuda"] = _triton_causal
+            elif kernels.cudnn_is_there():
                 chosen["cuda"] = _cudnn_causal
     elif not isinstance(cached[0], jax.Array):
         if T == 1 and decode_kernels.fits(*cached[0].shape[1:]):
@@ -214,6 +234,7 @@ def _on_shards(
     new: Arrays,
     cached: Entries | None,
     length_B: jax.Array,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """`kernel` on what each device of the mesh in use holds: XLA cannot split a kernel itself.
 
@@ -223,21 +244,28 @@ def _on_shards(
     queries = q_BTNH, (rows, None, "heads", None)
     entries = rows, "kv_heads", None, None
     arguments = queries, (new, entries), (cached, entries), (length_B, (rows,))
+    arguments += ((segments_BT, (rows, None)),)
     return on_shards(kernel, arguments, queries)
 
 
-def _int8_step(q_B1NH: jax.Array, new: Arrays, cached: Any, length_B: jax.Array) -> jax.Array:
+def _int8_step(
+    q_B1NH: jax.Array, new: Arrays, cached: Any, length_B: jax.Array, _: None
+) -> jax.Array:
     keys, values = cached
     arrays = keys.values, keys.scale, values.values, values.scale
     k_BKH, v_BKH = (x_BK1H[:, :, 0] for x_BK1H in new)
     return decode_kernels.attend(q_B1NH[:, 0], k_BKH, v_BKH, arrays, length_B)[:, None]
 
 
-def _splash_causal(q_BTNH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
-    return jnp.swapaxes(kernels.splash_causal(q_BTNH, *new), 1, 2)
+def _splash_causal(
+    q_BTNH: jax.Array, new: Arrays, _: None, __: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+    return jnp.swapaxes(kernels.splash_causal(q_BTNH, *new, segments_BT), 1, 2)
 
 
-def _splash(q_BTNH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
+def _splash(
+    q_BTNH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array, _: None
+) -> jax.Array:
     fits = q_BTNH.shape[1] >= kernels.SMALLEST
     causal = functools.partial(kernels.splash_causal, residuals=True) if fits else _causal_part
     past = kernels.splash_past(q_BTNH, *cached, length_B)
@@ -248,7 +276,15 @@ def _cudnn_causal(q_BTNH: jax.Array, new: Arrays, *_: Any) -> jax.Array:
     return kernels.cudnn_causal(q_BTNH, *new)
 
 
-def _triton(q_BTNH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array) -> jax.Array:
+def _triton_causal(
+    q_BTNH: jax.Array, new: Arrays, _: None, __: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    return kernels.triton_segments(q_BTNH, *new, segments_BT)
+
+
+def _triton(
+    q_BTNH: jax.Array, new: Arrays, cached: Arrays, length_B: jax.Array, _: None
+) -> jax.Array:
     fits = q_BTNH.shape[1] % kernels.SMALLEST == 0
     causal = kernels.triton_causal if fits else _causal_part
     past = kernels.triton_past(q_BTNH, *cached, length_B)

@@ -57,27 +57,30 @@ def splash_causal(
     q_BTNH: jax.Array,
     k_BKTH: jax.Array,
     v_BKTH: jax.Array,
+    segments_BT: jax.Array | None = None,
     *,
     residuals: bool = False,
     interpret: bool = False,
 ) -> Any:
     """Each query on the keys up to its own: [B, N, T, H], or a `Part` with `residuals`.
 
-    T is padded to whole blocks: padded keys come after every query. Differentiable without
-    `residuals`. `jit` so that the layers of a model share one trace.
+    With segments, on those of its own segment. T is padded to whole blocks: padded keys come after
+    every query. Differentiable without `residuals`. `jit` so that the layers of a model share one
+    trace.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKTH.shape[1]
     block = min(CAUSAL_BLOCK, 1 << (T - 1).bit_length())
     padding = -T % block
+    rows = 1 if segments_BT is None else B  # else the rows are heads of the kernel like others
 
-    def padded(x_BKTH: jax.Array, heads: int) -> jax.Array:
-        x = x_BKTH.reshape(heads, T, H)
-        return jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x
+    def padded(x_BKTH: jax.Array) -> jax.Array:
+        x = x_BKTH.reshape(rows, -1, T, H)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) if padding else x
 
     mask = splash_mask.CausalMask((T + padding, T + padding))
     kernel = splash.make_splash_mha(
-        splash_mask.MultiHeadMask([mask] * (B * N)),
+        splash_mask.MultiHeadMask([mask] * (B // rows * N)),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -91,11 +94,15 @@ def splash_causal(
         save_residuals=residuals,
         interpret=interpret,
     )
-    q = padded(jnp.swapaxes(q_BTNH * H**-0.5, 1, 2), B * N)
-    result: Any = kernel(q, padded(k_BKTH, B * K), padded(v_BKTH, B * K))
+    q, k, v = (padded(x) for x in (jnp.swapaxes(q_BTNH * H**-0.5, 1, 2), k_BKTH, v_BKTH))
+    if segments_BT is None:
+        result: Any = jax.tree.map(lambda x: x[None], kernel(q[0], k[0], v[0]))
+    else:
+        ids_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
+        result = jax.vmap(kernel)(q, k, v, splash.SegmentIds(ids_BT, ids_BT))
 
     def unpadded(x: jax.Array) -> jax.Array:
-        return x[:, :T].reshape(B, N, T, *x.shape[2:])
+        return x[:, :, :T].reshape(B, N, T, *x.shape[3:])
 
     if not residuals:
         return unpadded(result)
@@ -216,24 +223,58 @@ def triton_causal(
     q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, *, interpret: bool = False
 ) -> Part:
     """Each query on the keys up to its own. T is a multiple of 128. Keys are copied G times."""
+    result: Any = _triton(q_BTNH, k_BKTH, v_BKTH, None, interpret, return_residuals=True)
+    out_BTNH, lse_BNT = result
+    return Part(jnp.swapaxes(out_BTNH, 1, 2), lse_BNT * jnp.log(2.0))  # the kernel's is of base 2
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def triton_segments(
+    q_BTNH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Each query on the keys of its segment up to its own, [B, T, N, H]; differentiable.
+
+    T is padded to a multiple of 128 by keys that come after every query.
+    """
+    T = q_BTNH.shape[1]
+    padding = -T % SMALLEST
+    q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    k_BKTH, v_BKTH = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (k_BKTH, v_BKTH)
+    )
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
+    return _triton(q_BTNH, k_BKTH, v_BKTH, segments_BT, interpret)[:, :T]
+
+
+def _triton(
+    q_BTNH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    segments_BT: jax.Array | None,
+    interpret: bool,
+    return_residuals: bool = False,
+) -> Any:
     _, _, N, H = q_BTNH.shape
     K = k_BKTH.shape[1]
 
     def repeated(x_BKTH: jax.Array) -> jax.Array:
         return jnp.repeat(jnp.swapaxes(x_BKTH, 1, 2), N // K, axis=2)
 
-    result: Any = triton_attention.mha(
+    return triton_attention.mha(
         q_BTNH,
         repeated(k_BKTH),
         repeated(v_BKTH),
-        None,
+        segments_BT,
         sm_scale=H**-0.5,
         causal=True,
         interpret=interpret,
-        return_residuals=True,
+        return_residuals=return_residuals,
     )
-    out_BTNH, lse_BNT = result
-    return Part(jnp.swapaxes(out_BTNH, 1, 2), lse_BNT * jnp.log(2.0))  # the kernel's is of base 2
 
 
 TRITON_SPLITS = 16  # parts of the keys that a decode step reads at once

@@ -7,8 +7,12 @@ Kernels are [out, in], as Meta and Hugging Face store them: conversion copies by
 head is the embedding itself. Activations have the dtype of the parameters; norms, softmax, angles
 and logits are float32. Modules read their leaves from the tree and do not compare them with their
 own idea of a shape: `llama_jax.checkpoint` checks the tree once, when it is loaded.
+
+The tree decides more: a kernel may be quantized and have an adapter (`llama_jax.lora`) beside it,
+and layers may be stacked (`stack`), which are then walked by one compiled loop.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +27,14 @@ from llama_jax.config import LlamaConfig
 from llama_jax.sharding import constrain
 
 Params = Any  # nested dicts of arrays, as `Llama.init` makes them, or of quantized leaves
+
+# What of a layer is kept for the backward pass, and not computed again: all of it, the results of
+# products with weights, or its input alone.
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def leaf(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> jax.Array:
@@ -59,7 +71,7 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """A product with a kernel [out, in], without bias."""
+    """A product with a kernel [out, in] and with the adapter beside it, without bias."""
 
     features: int
 
@@ -67,7 +79,11 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
         kernel = leaf(self, "kernel", init, (self.features, x.shape[-1]))
-        return quant.dot(x, kernel)
+        y = quant.dot(x, kernel)
+        if not self.has_variable("params", "lora"):
+            return y
+        key = self.make_rng("dropout") if self.has_rng("dropout") else None
+        return y + self.get_variable("params", "lora").dot(x, key)
 
 
 class Attention(nn.Module):
@@ -76,7 +92,7 @@ class Attention(nn.Module):
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x_BTD, rotation, cached: Entries | None, length_B):
+    def __call__(self, x_BTD, rotation, cached: Entries | None, length_B, segments_BT):
         N, K, H = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
 
         # Beside a cache, all rows are multiplied where the kernel is, and attend where theirs lie.
@@ -90,7 +106,7 @@ class Attention(nn.Module):
         k_BTKH = constrain(rope.rotate(heads("k", K), rotation), rows, None, "kv_heads", None)
         v_BTKH = constrain(heads("v", K), rows, None, "kv_heads", None)
         new = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
-        out = constrain(attend(q_BTNH, new, cached, length_B), "batch", None, "heads")
+        out = constrain(attend(q_BTNH, new, cached, length_B, segments_BT), "batch", None, "heads")
         return Linear(self.config.dim, name="o")(out), new
 
 
@@ -110,16 +126,20 @@ class Block(nn.Module):
     """One layer: attention and feed-forward, each behind its norm and beside its residual."""
 
     config: LlamaConfig
+    dropout: float = 0.0  # of what each half adds, where an rng "dropout" is given
 
     @nn.compact
-    def __call__(self, x_BTD, rotation, cached: Entries | None, length_B):
+    def __call__(self, x_BTD, rotation, cached: Entries | None, length_B, segments_BT=None):
         def norm(name, x_BTD):
             return whole(RMSNorm(self.config.norm_eps, name=name)(x_BTD))
 
+        drop = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))
         attention = Attention(self.config, name="attention")
-        mixed, new = attention(norm("attention_norm", x_BTD), rotation, cached, length_B)
-        x_BTD = whole(x_BTD + mixed)
-        return whole(x_BTD + MLP(self.config, name="mlp")(norm("mlp_norm", x_BTD))), new
+        mixed, new = attention(
+            norm("attention_norm", x_BTD), rotation, cached, length_B, segments_BT
+        )
+        x_BTD = whole(x_BTD + drop(mixed))
+        return whole(x_BTD + drop(MLP(self.config, name="mlp")(norm("mlp_norm", x_BTD)))), new
 
 
 def whole(x_BTD: jax.Array) -> jax.Array:
@@ -128,9 +148,11 @@ def whole(x_BTD: jax.Array) -> jax.Array:
 
 
 class Llama(nn.Module):
-    """The whole network. Layers are unrolled: a scan over stacked ones is slower (docs/LOG.md)."""
+    """The whole network. Unrolled layers run faster, a scan over stacked ones compiles faster."""
 
     config: LlamaConfig
+    remat: str = "none"  # one of `REMAT`
+    dropout: float = 0.0  # of the residual stream, where an rng "dropout" is given
 
     @nn.compact
     def __call__(
@@ -138,28 +160,53 @@ class Llama(nn.Module):
         tokens_BT: jax.Array,
         cache: KVCache | None = None,
         lengths_B: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        head: bool = True,
     ) -> tuple[jax.Array, tuple[Entries, ...]]:
         """Logits, and the keys and values of the new positions for `append`.
 
         Args:
           tokens_BT: int32; each row continues what `cache` holds of it.
-          cache: earlier positions; None where there are none.
+          cache: earlier positions; None where there are none, or layers are stacked.
           lengths_B: if given, each row has only so many tokens, padded on the right, and only
             the logits of its last one are computed.
+          segments_BT: if given, each row is several texts packed together: positions of one text
+            have the same number, count from its first, and see no other text. No cache then.
+          head: whether to return logits; otherwise what `head_kernel` is to be multiplied with.
 
-        Returns float32 [B, T, V], or [B, 1, V] if `lengths_B` is given, and L entries.
+        Returns float32 [B, T, V], or [B, 1, V] if `lengths_B` is given, or [B, T, D], and L entries
+        (none where layers are stacked).
         """
         config = self.config
         B, T = tokens_BT.shape
         past_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length
-        rotation = rope.rotations(config, past_B[:, None] + jnp.arange(T)[None])
+        if segments_BT is None:
+            positions_BT = past_B[:, None] + jnp.arange(T)[None]
+        else:
+            positions_BT = segment_positions(segments_BT)
+        rotation = rope.rotations(config, positions_BT)
         table_VD = Embedding(config.vocab_size, config.dim, name="embed")()
         x_BTD = quant.rows(table_VD, tokens_BT)
+        x_BTD = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x_BTD)
+        policy = REMAT[self.remat]
+        block = nn.remat(Block, policy=policy) if policy else Block
         new = []
-        for i in range(config.n_layers):
-            cached = None if cache is None else cache.layers[i]
-            x_BTD, entries = Block(config, name=f"layers_{i}")(x_BTD, rotation, cached, past_B)
-            new.append(entries)
+        if self.has_variable("params", "layers"):
+            scan = nn.scan(
+                lambda layer, x_BTD, *rest: (layer(x_BTD, *rest)[0], None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.n_layers,
+            )
+            layer = block(config, self.dropout, name="layers")
+            x_BTD, _ = scan(layer, x_BTD, rotation, None, past_B, segments_BT)
+        else:
+            for i in range(config.n_layers):
+                cached = None if cache is None else cache.layers[i]
+                layer = block(config, self.dropout, name=f"layers_{i}")
+                x_BTD, entries = layer(x_BTD, rotation, cached, past_B, segments_BT)
+                new.append(entries)
         if lengths_B is not None:
             last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
             x_BTD = jnp.take_along_axis(x_BTD, last_B11, axis=1)
@@ -169,8 +216,26 @@ class Llama(nn.Module):
             if config.tie_embeddings
             else Embedding(config.vocab_size, config.dim, leaf_name="kernel", name="head")()
         )
+        if not head:
+            return x_BTD, tuple(new)
         logits_BTV = quant.dot(x_BTD, head_VD, jnp.float32)
         return constrain(logits_BTV, "batch", None, "vocab"), tuple(new)
+
+
+def segment_positions(segments_BT: jax.Array) -> jax.Array:
+    """Positions that begin at 0 where the segment changes.
+
+      segments   1 1 1 2 2 0 0
+      positions  0 1 2 0 1 0 1
+    """
+    index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1])[None], segments_BT.shape)
+    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)
+
+
+def head_kernel(config: LlamaConfig, params: Params) -> Any:
+    """The kernel [V, D] that makes logits of the last activations."""
+    return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
 
 
 def logits_and_entries(
@@ -202,3 +267,26 @@ def forward(
         return logits_BTV, None
     B, T = tokens_BT.shape
     return logits_BTV, append(cache, new, jnp.full(B, T, jnp.int32))
+
+
+def stack(params: Params) -> Params:
+    """`params` with the layers "layers_0" ... as one tree "layers" whose arrays have them in front.
+
+    `Llama` walks such a tree by a compiled loop: compiling takes the time of one layer.
+    """
+    layers = sorted((n for n in params if re.fullmatch(r"layers_\d+", n)), key=_number)
+    rest = {name: node for name, node in params.items() if name not in layers}
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *map(params.get, layers))}
+
+
+def unstack(params: Params) -> Params:
+    """The reverse of `stack`."""
+    rest = {name: node for name, node in params.items() if name != "layers"}
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    for i in range(count):
+        rest[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+    return rest
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("_")[2])

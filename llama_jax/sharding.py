@@ -5,12 +5,15 @@ rows, o and down by their columns, embedding and head by the vocabulary, so that
 partial results twice and nothing else crosses devices. Mesh axes:
 
   data    rows of the batch
+  fsdp    rows of the batch as well, and the weights along the model dimension: each device holds a
+          part of them and gathers a layer when it is due (ZeRO, arXiv 1910.02054)
   tensor  KV heads, and with them query heads, feed-forward and vocabulary
   query   where there are more devices than KV heads: all that `tensor` splits is split once more,
           except for the kernels of queries, keys and values. These are copied over it, and in a
           decode step each device attends for its part of the rows, whose cache it holds.
 
-A user asks for `data=2,tensor=16`; `make_mesh` makes `query` of what exceeds the KV heads.
+A user asks for `data=2,tensor=16` or `fsdp=8`; `make_mesh` makes `query` of what exceeds the KV
+heads.
 """
 
 import contextlib
@@ -26,16 +29,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 
-AXES = ("data", "tensor", "query")
+AXES = ("data", "fsdp", "tensor", "query")
 
 # Logical axis -> mesh axes. Where an axis does not divide the dimension, or another dimension of
 # the same array has it already, it is left out.
 RULES: dict[str | None, tuple[str, ...]] = {
     None: (),
-    "batch": ("data",),
-    "cache_batch": ("data", "query"),
+    "batch": ("data", "fsdp"),
+    "cache_batch": ("data", "fsdp", "query"),
+    "embed": ("fsdp",),
     "kv_heads": ("tensor",),
-    "group": ("query",),  # query heads that share a KV head
     "heads": ("tensor", "query"),
     "mlp": ("tensor", "query"),
     "vocab": ("tensor", "query"),
@@ -43,15 +46,15 @@ RULES: dict[str | None, tuple[str, ...]] = {
 
 # The logical axes of each parameter, by the two last names of its path.
 PARAMS: dict[tuple[str, str], tuple[str | None, ...]] = {
-    ("embed", "embedding"): ("vocab", None),
-    ("head", "kernel"): ("vocab", None),
-    ("q", "kernel"): ("kv_heads", None),
-    ("k", "kernel"): ("kv_heads", None),
-    ("v", "kernel"): ("kv_heads", None),
-    ("o", "kernel"): (None, "heads"),
-    ("gate", "kernel"): ("mlp", None),
-    ("up", "kernel"): ("mlp", None),
-    ("down", "kernel"): (None, "mlp"),
+    ("embed", "embedding"): ("vocab", "embed"),
+    ("head", "kernel"): ("vocab", "embed"),
+    ("q", "kernel"): ("kv_heads", "embed"),
+    ("k", "kernel"): ("kv_heads", "embed"),
+    ("v", "kernel"): ("kv_heads", "embed"),
+    ("o", "kernel"): ("embed", "heads"),
+    ("gate", "kernel"): ("mlp", "embed"),
+    ("up", "kernel"): ("mlp", "embed"),
+    ("down", "kernel"): ("embed", "mlp"),
     ("attention_norm", "scale"): (None,),
     ("mlp_norm", "scale"): (None,),
     ("norm", "scale"): (None,),
@@ -87,7 +90,7 @@ def make_mesh(sizes: str, config: LlamaConfig, devices: Sequence[Any] | None = N
                 f"--mesh {sizes}: tensor={tensor} does not divide the {name} of {size}; "
                 f"{_choices(config)} do"
             )
-    grid = np.array(devices[:count]).reshape(asked["data"], shared, group)
+    grid = np.array(devices[:count]).reshape(asked["data"], asked["fsdp"], shared, group)
     return Mesh(grid, AXES)
 
 
@@ -97,6 +100,11 @@ def tensor_sizes(config: LlamaConfig) -> list[int]:
     heads = [n for n in range(1, kv + 1) if kv % n == 0]
     heads += [kv * n for n in range(2, group + 1) if group % n == 0]
     return [n for n in heads if config.mlp_dim % n == 0 and config.vocab_size % n == 0]
+
+
+def batch_parts(mesh: Any) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Any) -> PartitionSpec:
@@ -130,13 +138,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 def shardings(params: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for each array of a parameter tree, those of quantized leaves included.
 
-    An array inside of a quantized leaf is split as the first axes of the kernel are.
+    An array inside of a quantized leaf is split as the first axes of the kernel are, those of an
+    adapter as the kernel is along the axis that they share. Stacked layers are not split.
     """
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        axes = PARAMS[names[-2], names[-1]][: len(array.shape)]
-        return named(array.shape, axes, mesh)
+        if names[-1] == "lora":
+            out, width = PARAMS[names[-2], "kernel"]
+            axes = (None, width) if path[-1].name == "a" else (out, None)
+        else:
+            axes = PARAMS[names[-2], names[-1]]
+        if "layers" in names:
+            axes = (None, *axes)
+        return named(array.shape, axes[: len(array.shape)], mesh)
 
     return jax.tree.map_with_path(sharding, params)
 
@@ -218,10 +233,10 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
 
 def _parse(sizes: str) -> dict[str, int]:
     expected = (
-        f'--mesh is {sizes!r}, expected sizes such as "data=2,tensor=4": data and tensor, each at '
-        "most once and at least 1"
+        f'--mesh is {sizes!r}, expected sizes such as "data=2,tensor=4": data, fsdp and tensor, '
+        "each at most once and at least 1"
     )
-    asked = {"data": 1, "tensor": 1}
+    asked = {"data": 1, "fsdp": 1, "tensor": 1}
     seen = set()
     for part in sizes.split(","):
         name, _, size = part.strip().partition("=")

@@ -181,22 +181,48 @@ def test_kernels_of_bfloat16_are_as_close_as_the_plain_form(T):
         close(merged(part, attention._causal_part(q, *new)), expected, BF16_ATOL)
 
 
-def test_the_gradient_of_splash_is_that_of_the_plain_form():
-    q, new, _ = arrays(1, 200, 2, 2, 64)
-    target = jnp.asarray(np.random.default_rng(1).normal(size=(1, 200, 4, 64)), jnp.float32)
+SEGMENTS = np.repeat([[1, 2, 3], [1, 2, 0]], [90, 60, 50], axis=1)  # packed texts of two rows
+
+
+@pytest.mark.parametrize("form", ["plain", "splash", "triton"])
+def test_packed_texts_do_not_see_each_other(form):
+    q, new, _ = arrays(2, 200, 2, 2, 64)
+    segments = jnp.asarray(SEGMENTS)
+    out = {
+        "plain": lambda: attend(q, new, None, jnp.zeros(2, jnp.int32), segments),
+        "splash": lambda: jnp.swapaxes(
+            kernels.splash_causal(q, *new, segments, interpret=True), 1, 2
+        ),
+        "triton": lambda: kernels.triton_segments(q, *new, segments, interpret=True),
+    }[form]().reshape(2, 200, -1)
+    for begin, end in [(0, 90), (90, 150), (150, 200)]:
+        part = q[:, begin:end], tuple(x[:, :, begin:end] for x in new)
+        alone = oracle(*part, None, None)
+        close(out[:, begin:end], alone)
+
+
+@pytest.mark.parametrize(
+    ("form", "packed"), [("splash", False), ("splash", True), ("triton", True)]
+)
+def test_the_gradient_of_a_kernel_is_that_of_the_plain_form(form, packed):
+    q, new, _ = arrays(2, 200, 2, 2, 64)
+    segments = jnp.asarray(SEGMENTS) if packed else None
+    target = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
 
     def loss(causal, q, new):
-        return (causal(q, new) * target).sum()
+        return (causal(q, new).reshape(q.shape) * target).sum()
 
-    def splash(q, new):
-        return jnp.swapaxes(kernels.splash_causal(q, *new, interpret=True), 1, 2)
+    def kernel(q, new):
+        if form == "triton":
+            return kernels.triton_segments(q, *new, segments, interpret=True)
+        return jnp.swapaxes(kernels.splash_causal(q, *new, segments, interpret=True), 1, 2)
 
     def plain(q, new):
-        return attention._whole(q, new, None, None)
+        return attention._whole(q, new, None, None, segments)
 
     ours, theirs = (
         jax.jit(jax.grad(functools.partial(loss, causal), (0, 1)))(q, new)
-        for causal in (splash, plain)
+        for causal in (kernel, plain)
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         close(a, b, 10 * F32_ATOL)
@@ -212,7 +238,7 @@ def test_a_kernel_over_a_mesh_is_the_kernel(S, monkeypatch):
     q, new, cached = arrays(4, 128, 2, 4, 64, S)
     lengths = jnp.array([0, 3, 128, 200]) if S else jnp.zeros(4, jnp.int32)
     kernel = attention._splash_causal if cached is None else attention._splash
-    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((2, 1, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):
         run = jax.jit(functools.partial(attention._on_shards, kernel))
         out = run(q, new, cached, lengths)

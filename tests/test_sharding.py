@@ -378,7 +378,7 @@ def test_the_sizes_of_tensor_are_those_that_make_a_mesh(
         # The rows have `query`, so the heads do without.
         (MESHES[1], (4, N), ("cache_batch", "heads"), (("data", "query"), "tensor")),
         (MESHES[1], (1, N), ("cache_batch", "heads"), ("data", ("tensor", "query"))),
-        (MESHES[1], (K, N // K), ("kv_heads", "group"), ("tensor", "query")),
+        (MESHES[1], (N, 64), ("heads", "embed"), (("tensor", "query"), None)),
     ],
 )
 def test_an_array_is_split_where_its_axes_divide_it(sizes, shape, axes, expected):
