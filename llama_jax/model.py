@@ -192,11 +192,12 @@ class Llama(nn.Module):
         block = nn.remat(Block, policy=policy) if policy else Block
         new = []
         if self.has_variable("params", "layers"):
+            broadcast: Any = nn.broadcast
             scan = nn.scan(
                 lambda layer, x_BTD, *rest: (layer(x_BTD, *rest)[0], None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=broadcast,
                 length=config.n_layers,
             )
             layer = block(config, self.dropout, name="layers")
