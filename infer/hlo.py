@@ -15,8 +15,9 @@ What counts:
   A loop counts as often as it runs if that can be known, otherwise once: one step. Of a
   conditional the branch with the most traffic counts.
   Sizes are logical; `padded_hbm_bytes` counts the tiles that TPUs store ([.., 64] takes 128 lanes).
-Out of scope: caches of CPUs and GPUs, and what a custom call does inside. It counts by its operands
-and results, each once, and its operations by the estimate that its author gave.
+  A custom call counts by its operands and results, each once, its operations by the estimate that
+  its author gave. So do operands that it writes in place, of which it may touch a few tiles.
+Out of scope: caches of CPUs and GPUs, and what a custom call does inside.
 """
 
 import dataclasses
@@ -472,7 +473,8 @@ def _traffic(
 ) -> int:
     if instruction.target == "AllocateBuffer":
         return 0
-    total = 0
+    aliased = _aliased_by_attribute(instruction)
+    total = in_place = 0
     for name in dict.fromkeys(instruction.operands):
         operand = computation.instructions.get(name)
         if operand is None or _is_scalar_constant(operand):
@@ -480,14 +482,19 @@ def _traffic(
         arrays = [array for array in _leaves(operand.shape) if module.in_hbm(array)]
         uses = [i for i, other in enumerate(instruction.operands) if other == name]
         read = sum(_reads(module, computation, instruction, i, size) for i in uses)
-        total += min(read, sum(map(size, arrays)))
+        read = min(read, sum(map(size, arrays)))
+        if aliased.keys().isdisjoint(uses):
+            total += read
+        else:
+            in_place += read
+    if in_place and (estimated := int(_author_estimate(instruction).get("bytes_accessed", 0))):
+        in_place = min(estimated, 2 * in_place)  # read and written
     results = _results(instruction)
     written = _writes(module, computation, instruction, size)
-    aliased = _aliased_by_attribute(instruction)
     for i, (array, count) in enumerate(zip(results, written, strict=True)):
-        if module.in_hbm(array) and i not in aliased:
+        if module.in_hbm(array) and i not in aliased.values():
             total += min(count, size(array))
-    return total
+    return total + in_place
 
 
 def _reads(
@@ -594,10 +601,16 @@ def _is_scalar_constant(instruction: Instruction) -> bool:
     return instruction.opcode == "constant" and isinstance(shape, Array) and not shape.dims
 
 
-def _aliased_by_attribute(instruction: Instruction) -> set[int]:
-    """Results of a custom call that are one of its operands, as `{0}: (1, {})` says."""
+def _aliased_by_attribute(instruction: Instruction) -> dict[int, int]:
+    """Operands of a custom call that are one of its results: `{0}: (1, {})` -> {1: 0}."""
     text = instruction.attributes.get("output_to_operand_aliasing", "")
-    return {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(", text)}
+    pairs = re.findall(r"\{(\d*)\}: \((\d+)", text)
+    return {int(operand): int(result or 0) for result, operand in pairs}
+
+
+def _author_estimate(instruction: Instruction) -> Mapping[str, Any]:
+    """What the author of a kernel says that it costs; empty where nothing is said."""
+    return _find(instruction.config, "cost_estimate") or {}
 
 
 def _find(config: Any, key: str) -> Any:
@@ -617,7 +630,7 @@ def _temporaries(
 ) -> tuple[Temporary, ...]:
     results = _results(instruction)
     written = _writes(module, computation, instruction, lambda array: array.size)
-    aliased = _aliased_by_attribute(instruction)
+    aliased = set(_aliased_by_attribute(instruction).values())
     for group in (instruction.config.get("aliasing_operands") or {}).get("lists", []):
         aliased |= {int(i) - len(instruction.operands) for i in group["indices"]}
     source = re.search(r'op_name="([^"]*)"', instruction.attributes.get("metadata", ""))
@@ -700,7 +713,7 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
     if opcode == "convolution":
         return _convolution_flops(instruction, shapes)
     if opcode == "custom-call":
-        if estimate := _find(instruction.config, "cost_estimate"):
+        if estimate := _author_estimate(instruction):
             return int(estimate.get("flops", 0))
         if numbers := _find(instruction.config, "dot_dimension_numbers"):  # cuBLAS
             contracted = [int(i) for i in numbers.get("lhs_contracting_dimensions", [])]

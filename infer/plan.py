@@ -12,23 +12,23 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from infer import hlo, topology
 from infer.generate import Shapes, lower_programs, request_shapes
-from infer.topology import CHIPS, SLICES, Slice
+from infer.topology import CHIPS, SLICES, Chip, Slice
 from llama_jax import cache as kv
 from llama_jax import checkpoint, sharding
-from llama_jax.command import ArgumentParser, run
+from llama_jax.checkpoint import format_bytes
+from llama_jax.command import FLAGS, ArgumentParser, report, run
 from llama_jax.config import LlamaConfig, get_preset
 from llama_jax.errors import UserError
 from llama_jax.quant import KINDS, Quantization
@@ -36,6 +36,13 @@ from llama_jax.quant import KINDS, Quantization
 PROG = "infer.plan"
 PROMPT = 512  # tokens, where nothing is said
 MOST_ROWS = 1 << 20
+PROGRAMS = {"start": "prefill", "extend": "prefill of a later chunk", "decode": "decode"}
+QUANTIZATION_FLAGS = ("--quantize-embeddings", "--group-size", "--double-quantization")
+FIGURES = (  # of a program, in JSON
+    "hbm_bytes", "step_hbm_bytes", "padded_hbm_bytes", "least_bytes", "argument_bytes",
+    "temp_bytes", "flops", "estimated_cycles", "unestimated", "collectives",
+    "roofline_tokens_per_s", "compile_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,7 @@ class Request:
     config: LlamaConfig
     chips: Slice
     mesh: str
-    quantize: str
-    quantize_embeddings: bool
+    quantization: Quantization | None
     dtype: str
     int8_cache: bool
     batch: int
@@ -58,38 +64,25 @@ class Request:
     def shapes(self) -> Shapes:
         """The buckets in which generation puts such prompts."""
         prompts = [[0] * self.prompt_tokens] * self.batch
-        shapes = request_shapes(self.config, prompts, self.context - self.prompt_tokens)
-        return shapes._replace(int8_cache=self.int8_cache)
-
-    def asked(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "chips": self.chips.name,
-            "mesh": self.mesh,
-            "quantize": self.quantize,
-            "quantize_embeddings": self.quantize_embeddings,
-            "dtype": self.dtype,
-            "kv_cache": "int8" if self.int8_cache else self.dtype,
-            "batch": self.batch,
-            "context": self.context,
-            "prompt_tokens": self.prompt_tokens,
-        }
+        new_tokens = self.context - self.prompt_tokens
+        return request_shapes(self.config, prompts, new_tokens, int8_cache=self.int8_cache)
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """What lies in memory between two steps: abstract, with the shardings of the chips' devices."""
+    """What lies in memory between two steps: abstract, on the devices of a mesh."""
 
+    mesh: Mesh
     params: Any
     cache: Any
 
     @functools.cached_property
     def weights_bytes(self) -> int:
-        return _device_bytes(self.params)
+        return sharding.device_bytes(self.params)
 
     @functools.cached_property
     def cache_bytes(self) -> int:
-        return _device_bytes(self.cache)
+        return sharding.device_bytes(self.cache)
 
     def least_bytes(self, config: LlamaConfig, rows: int, positions: int, read: bool) -> int:
         """The least that a device moves to and from memory for `positions` new ones in each row.
@@ -99,7 +92,7 @@ class Arrays:
         """
         weights = self.weights_bytes
         if not config.tie_embeddings:
-            table = _device_bytes(self.params["embed"])
+            table = sharding.device_bytes(self.params["embed"])
             weights -= table - min(table, math.ceil(table * rows * positions / config.vocab_size))
         capacity = jax.tree.leaves(self.cache)[0].shape[2]
         written = math.ceil(self.cache_bytes * positions / capacity)
@@ -120,32 +113,17 @@ def make_arrays(request: Request) -> Arrays:
             f"--batch {request.batch} cannot be split over data={mesh.shape['data']} evenly; "
             "give a multiple of it"
         )
-    quantization = None
-    if request.quantize != "none":
-        quantization = Quantization(request.quantize, embeddings=request.quantize_embeddings)
-    params = checkpoint.abstract(config, quantization, jnp.dtype(request.dtype))
-    params = jax.tree.map(_placed, params, sharding.shardings(params, mesh))
+    dtype = jnp.dtype(request.dtype)
+    params = checkpoint.abstract(config, request.quantization, dtype)
     layers = jax.eval_shape(
-        lambda: kv.init_cache(
-            config, shapes.batch, shapes.room, jnp.dtype(request.dtype), int8=request.int8_cache
-        )
+        lambda: kv.init_cache(config, shapes.batch, shapes.room, dtype, int8=request.int8_cache)
     ).layers
     places = jax.tree.map(lambda x: sharding.named(x.shape, kv.LOGICAL_AXES, mesh), layers)
-    return Arrays(params, jax.tree.map(_placed, layers, places))
-
-
-def _placed(x: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-
-def _device_bytes(tree: Any) -> int:
-    """Bytes of the part of each array that one device holds."""
-
-    def size(x: Any) -> int:
-        bits = 4 if x.dtype in (jnp.int4, jnp.uint4) else 8 * x.dtype.itemsize
-        return math.ceil(math.prod(x.sharding.shard_shape(x.shape)) * bits / 8)
-
-    return sum(map(size, jax.tree.leaves(tree)))
+    return Arrays(
+        mesh,
+        params=sharding.placed(params, sharding.shardings(params, mesh)),
+        cache=sharding.placed(layers, places),
+    )
 
 
 def default_mesh(config: LlamaConfig, chips: Slice, batch: int) -> str:
@@ -186,33 +164,33 @@ class Compiled:
         )
 
 
-def compile_all(request: Request, arrays: Arrays) -> dict[str, Compiled] | str:
-    """`prefill` of the whole prompt and one step of `decode`, or why there is no room for them."""
-    programs = {}
-    with os.fdopen(os.dup(2), "w", buffering=1) as stderr, topology.quiet():
+def compile_all(request: Request, arrays: Arrays) -> tuple[dict[str, Compiled], str | None]:
+    """`prefill` of the whole prompt and one step of `decode`; none and why if memory is too small."""
+    part = request.chips
+    report(f"{PROG}: tracing {request.model} for {part.name} ({part.topology})")
+    with topology.quiet():
         lowered = lower_programs(request.config, arrays.params, request.shapes)
-        with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
-            names = {pool.submit(_compile, program): name for name, program in lowered.items()}
-            try:
-                for task in as_completed(names):
-                    programs[names[task]] = task.result()
-                    seconds = task.result().compile_s
-                    print(f"{names[task]} compiled in {seconds:.1f} s", file=stderr)
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                return str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        try:
+            with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
+                tasks = {name: pool.submit(_compile, name, lowered[name]) for name in lowered}
+            programs = {name: task.result() for name, task in tasks.items()}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {}, str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
     prefill = programs["start"]
     if "extend" in programs:
         chunks = math.ceil(request.prompt_tokens / request.shapes.chunk)
         prefill = prefill.then(programs["extend"], chunks - 1)
-    return {"prefill": prefill, "decode": programs["decode"]}
+    return {"prefill": prefill, "decode": programs["decode"]}, None
 
 
-def _compile(lowered: Any) -> Compiled:
+def _compile(name: str, lowered: Any) -> Compiled:
+    report(f"{PROG}: compiling {PROGRAMS[name]} ...")
     began = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
+    report(f"{PROG}: compiled {PROGRAMS[name]} in {seconds:.1f} s")
     memory = compiled.memory_analysis()
     return Compiled(
         cost=hlo.analyze(compiled.as_text()),
@@ -236,45 +214,57 @@ def plan(request: Request) -> dict[str, Any]:
     Figures that only a compiled program has are None without one.
     """
     arrays = make_arrays(request)
-    chip = request.chips.chip
+    quantization, sizes, room = request.quantization, arrays.mesh.shape, request.chips.chip.memory
     resting = arrays.weights_bytes + arrays.cache_bytes
-    programs: dict[str, Compiled] | str
-    if resting > chip.memory:
-        programs = f"weights and cache alone take {_size(resting)} a chip of {_size(chip.memory)}"
+    compiled, reason = {}, None
+    if resting > room:
+        reason = f"weights and cache alone take {_of_room(resting, room)}"
     else:
-        _report(f"compiling for {request.chips.name}")
-        programs = compile_all(request, arrays)
-    compiled = programs if isinstance(programs, dict) else {}
+        compiled, reason = compile_all(request, arrays)
     worst = max(compiled.values(), key=lambda program: program.total_bytes, default=None)
     total = worst.total_bytes if worst else resting
-    if total > chip.memory and worst:
-        programs = f"the programs take {_size(total)} a chip of {_size(chip.memory)}"
+    temporaries = worst.temp_bytes if worst else 0
+    if worst and total > room:
+        reason = f"the programs take {_of_room(total, room)}"
     least = functools.partial(arrays.least_bytes, request.config, request.batch)
+    prompts = request.batch * request.prompt_tokens
     return {
-        "fits": not isinstance(programs, str),
-        "reason": programs if isinstance(programs, str) else None,
-        **request.asked(),
+        "fits": reason is None,
+        "reason": reason,
+        "model": request.model,
+        "chips": request.chips.name,
+        "mesh": f"data={sizes['data']},tensor={sizes['tensor'] * sizes['query']}",
+        "quantize": quantization.kind if quantization else "none",
+        "quantize_embeddings": bool(quantization and quantization.embeddings),
+        "group_size": quantization and quantization.group_size,
+        "double_quantization": bool(quantization and quantization.double_quantization),
+        "dtype": request.dtype,
+        "kv_cache": "int8" if request.int8_cache else request.dtype,
+        "batch": request.batch,
+        "context": request.context,
+        "prompt_tokens": request.prompt_tokens,
         "memory": {
             "weights": arrays.weights_bytes,
             "cache": arrays.cache_bytes,
-            "temporaries": worst.temp_bytes if worst else 0,
-            "other": total - resting - worst.temp_bytes if worst else 0,
+            "temporaries": temporaries,
+            "other": total - resting - temporaries,
             "total": total,
-            "chip": chip.memory,
+            "chip": room,
         },
-        "prefill": _program(
-            request,
-            compiled.get("prefill"),
-            least(request.prompt_tokens, read=False),
-            request.batch * request.prompt_tokens,
+        "prefill": _figures(
+            request, compiled.get("prefill"), least(request.prompt_tokens, read=False), prompts
         ),
-        "decode": _program(
+        "decode": _figures(
             request, compiled.get("decode"), least(1, read=True), request.batch, steps=True
         ),
     }
 
 
-def _program(
+def _of_room(size: int, room: int) -> str:
+    return f"{format_bytes(size)} a chip of {format_bytes(room)}"
+
+
+def _figures(
     request: Request, program: Compiled | None, least: int, tokens: int, *, steps: bool = False
 ) -> dict[str, Any]:
     """What is told of a program that makes or reads so many tokens, all chips together.
@@ -282,36 +272,29 @@ def _program(
     `hbm_bytes` of `decode` are those of a call of one step; of them `step_hbm_bytes` recur with
     each of its `steps`, the others once a call. The rate is that of long calls.
     """
-    chip = request.chips.chip
-    cost = program.cost if program else None
-    flops = chip.int8_flops if request.quantize == "w8a8" else chip.bf16_flops
-    seconds = None
-    if cost:
-        moved = _recurring(cost) if steps else cost.hbm_bytes
-        seconds = max(moved / chip.bandwidth, cost.flops / flops)
-
-    def by_kind(works: Any) -> dict[str, Any] | None:
-        return works and {kind: dataclasses.asdict(work) for kind, work in works.items()}
-
-    return {
-        "hbm_bytes": cost and cost.hbm_bytes,
-        "step_hbm_bytes": _recurring(cost) if cost and steps else None,
-        "padded_hbm_bytes": cost and cost.padded_hbm_bytes,
-        "least_bytes": least,
-        "argument_bytes": program and program.argument_bytes,
-        "temp_bytes": program and program.temp_bytes,
-        "flops": cost and cost.flops,
-        "estimated_cycles": cost and cost.estimated_cycles if chip.clock else None,
-        "unestimated": by_kind(cost.unestimated) if cost else None,
-        "collectives": by_kind(cost.collectives) if cost else None,
-        "roofline_tokens_per_s": seconds and tokens / seconds,
-        "compile_s": program and program.compile_s,
+    told = dict.fromkeys(FIGURES) | {"least_bytes": least}
+    if program is None:
+        return told
+    chip, cost = request.chips.chip, dataclasses.asdict(program.cost)
+    moved = cost["hbm_bytes"]
+    if steps:  # those in the loop over steps, or all if there is none
+        moved = told["step_hbm_bytes"] = cost["open_loop_bytes"] or moved
+    kind = request.quantization and request.quantization.kind
+    seconds = max(moved / chip.bandwidth, cost["flops"] / peak_flops(chip, kind))
+    told |= {name: cost[name] for name in FIGURES if name in cost}
+    if not chip.clock:
+        told["estimated_cycles"] = None
+    return told | {
+        "argument_bytes": program.argument_bytes,
+        "temp_bytes": program.temp_bytes,
+        "roofline_tokens_per_s": tokens / seconds,
+        "compile_s": program.compile_s,
     }
 
 
-def _recurring(cost: hlo.Cost) -> int:
-    """Bytes in the loop over steps, or all of them if there is none."""
-    return cost.open_loop_bytes or cost.hbm_bytes
+def peak_flops(chip: Chip, kind: str | None) -> float:
+    """Operations a second with weights of this kind; two kinds multiply int8 by int8."""
+    return chip.int8_flops if kind in ("w8a8", "llm_int8") else chip.bf16_flops
 
 
 def find(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
@@ -338,7 +321,7 @@ def find(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
             continue
         if result["fits"]:
             break
-        _report(f"{part.name} is too small: {result['reason']}")
+        report(f"{PROG}: {part.name} is too small: {result['reason']}")
     if result is None:
         raise problem or UserError("no slice is known")
     return result
@@ -360,13 +343,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--find", action="store_true", help="the smallest slice that fits, of all or of --chips v5e"
     )
-    add("--mesh", metavar="SIZES", help="data=2,tensor=8 (tensor takes all chips)")
+    add("--mesh", **dict(FLAGS["--mesh"], help="data=2,tensor=8 (tensor takes all chips)"))
     add("--quantize", choices=("none", *KINDS), default="none", help="weights (none)")
-    add("--quantize-embeddings", action="store_true", help="the embedding and the head as well")
-    add("--kv-cache", choices=("int8",), help="keep keys and values as int8 (as --dtype)")
-    add(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="(bfloat16)"
-    )
+    parser.add_shared(*QUANTIZATION_FLAGS, "--kv-cache")
+    add("--dtype", **dict(FLAGS["--dtype"], default="bfloat16", help="(bfloat16)"))
     add("--batch", type=int, default=1, metavar="N", help="rows (1)")
     add("--context", type=int, metavar="N", help="tokens of a row, prompt included (the model's)")
     add("--prompt-tokens", type=int, metavar="N", help=f"of a row (up to {PROMPT})")
@@ -379,12 +359,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if (args.preset is None) == (args.checkpoint is None):
         given = "both" if args.preset else "neither"
         parser.error(f"{given} of --preset and --checkpoint given, expected one of them")
-    if args.quantize_embeddings and args.quantize == "none":
-        parser.error("--quantize-embeddings is for --quantize; add a kind")
-    for name in ("batch", "prompt_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {getattr(args, name)}, expected at least 1")
+    parser.refuse_below(args, batch=1, prompt_tokens=1, group_size=2)
+    for flag in QUANTIZATION_FLAGS:
+        if args.quantize == "none" and getattr(args, flag.strip("-").replace("-", "_")):
+            parser.error(f"{flag} is for --quantize; add a kind")
     return args
 
 
@@ -400,21 +378,12 @@ def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) ->
         )
     if args.batch > MOST_ROWS:
         raise UserError(f"--batch is {args.batch}, expected at most {MOST_ROWS}")
-    kind, embeddings = args.quantize, args.quantize_embeddings
-    if args.checkpoint and (stored := checkpoint.load_quantization(args.checkpoint)[0]):
-        if kind != "none":
-            raise UserError(
-                f"{args.checkpoint} is quantized to {stored.kind} already; leave --quantize out, or "
-                "plan for the model that it was made of"
-            )
-        kind, embeddings = stored.kind, stored.embeddings
     return Request(
         model=args.preset or args.checkpoint,
         config=config,
         chips=chips,
-        mesh=args.mesh or default_mesh(config, chips, args.batch),
-        quantize=kind,
-        quantize_embeddings=embeddings,
+        mesh=default_mesh(config, chips, args.batch) if args.mesh is None else args.mesh,
+        quantization=make_quantization(args),
         dtype=args.dtype,
         int8_cache=args.kv_cache == "int8",
         batch=args.batch,
@@ -423,56 +392,84 @@ def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) ->
     )
 
 
+def make_quantization(args: argparse.Namespace) -> Quantization | None:
+    """As the flags say, or as the checkpoint is; raises `UserError` where it would be both."""
+    if args.quantize == "none":
+        return checkpoint.load_quantization(args.checkpoint)[0] if args.checkpoint else None
+    if args.checkpoint:
+        checkpoint.refuse_quantized(args.checkpoint)
+    return Quantization(
+        args.quantize, args.quantize_embeddings, args.group_size, args.double_quantization
+    )
+
+
 def describe(result: dict[str, Any]) -> str:
     """A plan for a person to read."""
-    chips = SLICES[result["chips"]]
-    memory, decode, prefill = result["memory"], result["decode"], result["prefill"]
-    covered = "weights and embeddings" if result["quantize_embeddings"] else "weights"
-    weights = "" if result["quantize"] == "none" else f"{result['quantize']} {covered}, "
-    verdict = f"fits: {_size(memory['total'])} of {_size(memory['chip'])} a chip"
-    if not result["fits"]:
-        verdict = f"does not fit: {result['reason']}"
-    lines = [
-        f"{result['model']}, {weights}{result['dtype']}, cache {result['kv_cache']}, "
-        f"batch {result['batch']}, context {result['context']}, "
-        f"on {chips.name}: {chips.count} chip{'s' * (chips.count > 1)}, {result['mesh']}",
-        verdict,
-    ]
-    lines += [
-        f"  {kind:<12}{_size(memory[kind]):>10}"
-        for kind in ("weights", "cache", "temporaries", "other")
-        if memory[kind]
-    ]
+    part, memory = SLICES[result["chips"]], result["memory"]
     rows, prompt = result["batch"], result["prompt_tokens"]
-    lines += [f"decode, a step of {rows} tokens", *_describe(decode, chips)]
-    lines += [f"prefill, {rows} x {prompt} tokens", *_describe(prefill, chips)]
-    return "\n".join(lines)
+    weights = ""
+    if result["quantize"] != "none":
+        covered = "weights and embeddings" if result["quantize_embeddings"] else "weights"
+        groups = f" in groups of {result['group_size']}" if result["group_size"] else ""
+        twice = " with int8 scales" if result["double_quantization"] else ""
+        weights = f"{result['quantize']} {covered}{groups}{twice}, "
+    verdict = f"does not fit: {result['reason']}"
+    if result["fits"]:
+        verdict = f"fits: {format_bytes(memory['total'])} of {format_bytes(memory['chip'])} a chip"
+    return "\n".join(
+        [
+            f"{result['model']}, {weights}{result['dtype']}, cache {result['kv_cache']}, "
+            f"batch {rows}, context {result['context']}, "
+            f"on {part.name}: {_plural(part.count, 'chip')}, {result['mesh']}",
+            verdict,
+            *(
+                f"  {kind:<12}{format_bytes(memory[kind]):>10}"
+                for kind in ("weights", "cache", "temporaries", "other")
+                if memory[kind]
+            ),
+            f"decode, a step of {_plural(rows, 'token')}",
+            *_describe(result["decode"], part.chip, result["quantize"]),
+            f"prefill of {_plural(rows, 'prompt')} of {_plural(prompt, 'token')}",
+            *_describe(result["prefill"], part.chip, result["quantize"]),
+        ]
+    )
 
 
-def _describe(program: dict[str, Any], chips: Slice) -> list[str]:
-    chip, least = chips.chip, program["least_bytes"]
-    if program["hbm_bytes"] is None:
-        return [f"  would move at least {_size(least)} a chip to and from memory"]
-    rate = f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s"
-    moved = program["step_hbm_bytes"] or program["hbm_bytes"]
-    once = program["hbm_bytes"] - moved
+def _describe(program: dict[str, Any], chip: Chip, kind: str) -> list[str]:
+    least, whole = program["least_bytes"], program["hbm_bytes"]
+    if whole is None:
+        return [f"  would move at least {format_bytes(least)} a chip to and from memory"]
+    moved = program["step_hbm_bytes"] or whole
+    beside = f"{moved / least:.2f} of the least ({format_bytes(least)})"
+    if moved < 0.995 * least:
+        beside = f"of {format_bytes(least)} that it needs: the rest stays on the chip"
+    once = f"; {format_bytes(whole - moved)} once a call" if whole > 1.001 * moved else ""
     works = program["collectives"]
-    kinds = ", ".join(f"{work['count']} {kind}" for kind, work in works.items()) or "none"
+    exchanged = ""
+    if works:
+        exchanged = f"; {format_bytes(sum(work['bytes'] for work in works.values()))}"
     lines = [
-        f"  {_size(moved)} a chip to and from memory, {moved / least:.2f} of the least "
-        f"({_size(least)})" + (f", and {_size(once)} once a call" if once > moved / 1000 else ""),
-        f"{rate}, by {chip.bandwidth / 1e9:,.0f} GB/s and {chip.bf16_flops / 1e12:,.0f} TFLOP/s",
-        f"  collectives: {kinds}; {_size(sum(work['bytes'] for work in works.values()))}",
+        f"  {format_bytes(moved)} a chip to and from memory, {beside}{once}",
+        f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s, by "
+        f"{chip.bandwidth / 1e9:,.0f} GB/s and {peak_flops(chip, kind) / 1e12:,.0f} TFLOP/s",
+        f"  collectives: {_counts(works.items())}{exchanged}",
     ]
     if chip.clock:
         cycles = program["estimated_cycles"]
-        works = sorted(program["unestimated"].items(), key=lambda work: -work[1]["bytes"])
-        others = ", ".join(f"{work['count']} {kind}" for kind, work in works[:3]) or "nothing"
+        others = sorted(program["unestimated"].items(), key=lambda work: -work[1]["bytes"])
         lines.append(
             f"  the compiler's estimate: {cycles / chip.clock * 1e3:.2f} ms ({cycles:,} cycles), "
-            f"which leaves out {others}"
+            f"which leaves out {_counts(others[:3])}"
         )
-    return [*lines, f"  compiled in {program['compile_s']:.1f} s"]
+    return lines
+
+
+def _counts(works: Iterable[tuple[str, dict[str, int]]]) -> str:
+    return ", ".join(f"{work['count']} {kind}" for kind, work in works) or "none"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def list_chips(as_json: bool) -> str:
@@ -484,24 +481,12 @@ def list_chips(as_json: bool) -> str:
         )
     lines = [f"{'chip':<10}{'memory':>11}{'bandwidth':>12}{'bf16':>14}{'int8':>14}  slices"]
     lines += [
-        f"{chip.name:<10}{_size(chip.memory):>11}{chip.bandwidth / 1e9:>7,.0f} GB/s"
+        f"{chip.name:<10}{format_bytes(chip.memory):>11}{chip.bandwidth / 1e9:>7,.0f} GB/s"
         f"{chip.bf16_flops / 1e12:>6,.0f} TFLOP/s{chip.int8_flops / 1e12:>8,.0f} TOP/s"
         f"  {', '.join(names[chip.name])}"
         for chip in CHIPS.values()
     ]
     return "\n".join(lines)
-
-
-def _size(count: float) -> str:
-    """1.25 GB; decimal, as bandwidths are."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:,.2f} {unit}"
-    return f"{count / 1e3:,.2f} kB"
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

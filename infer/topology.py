@@ -165,18 +165,20 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Keeps what C++ libraries write to standard error from the user.
 
-    Compilers log to the file descriptor that there is no hardware. Errors still come as exceptions.
+    Compilers log to the file descriptor that there is no hardware. What Python writes in the
+    meantime comes through, and errors still come as exceptions.
     """
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as log:
+    with (
+        tempfile.TemporaryFile() as log,
+        os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace") as kept,
+        contextlib.redirect_stderr(kept),
+    ):
         os.dup2(log.fileno(), 2)
         try:
             yield
         finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(kept.fileno(), 2)
 
 
 def _gpu(chip: Chip) -> str:

@@ -6,8 +6,7 @@ fewer stands for it: of 70B those of 8 and of 16 layers, which differ by what 8 
 tell what 80 do.
 
 Of a conditional the dearest branch counts, so a step of decoding draws with top-k and top-p. Bytes
-of a kernel are those of its operands: the write of a position into the cache counts as a read of
-all the cache, though it touches a few tiles.
+of a kernel are those of its operands, of what it writes in place those that its author estimates.
 """
 
 import dataclasses
@@ -21,6 +20,7 @@ import pytest
 from infer import hlo, plan, topology
 from infer.generate import lower_programs
 from llama_jax.config import PRESETS
+from llama_jax.quant import Quantization
 
 KERNEL = "tpu_custom_call"
 FEW, MORE = 8, 16  # layers of 70B
@@ -44,8 +44,7 @@ def request(preset, chips, mesh, *, layers=None, **changes):
         config=dataclasses.replace(config, n_layers=layers or config.n_layers),
         chips=topology.find_slice(chips),
         mesh=mesh,
-        quantize="int8",
-        quantize_embeddings=True,
+        quantization=Quantization("int8", embeddings=True),
         dtype="bfloat16",
         int8_cache=True,
         batch=8,
@@ -118,12 +117,12 @@ LLAMA_8B, LLAMA_70B = on_v5e_16("llama-3.1-8b"), on_v5e_16("llama-3.1-70b")
 
 
 def test_a_step_of_8b_moves_little_more_than_it_must():
-    assert compiled(LLAMA_8B).cost.hbm_bytes <= 1.15 * least_bytes(LLAMA_8B)
+    assert compiled(LLAMA_8B).cost.hbm_bytes <= 1.05 * least_bytes(LLAMA_8B)
 
 
 def test_a_step_of_70b_moves_little_more_than_it_must():
     moved = all_layers(LLAMA_70B, lambda program: program.cost.hbm_bytes)
-    assert moved <= 1.1 * least_bytes(LLAMA_70B)
+    assert moved <= 1.05 * least_bytes(LLAMA_70B)
 
 
 def test_a_chip_holds_its_share_of_8b():
@@ -164,7 +163,9 @@ def test_the_compiler_estimates_a_step_of_8b_at_two_million_cycles():
     assert 0 < cost.estimated_cycles <= 2.0e6
     kernels = cost.unestimated[KERNEL]
     assert kernels.count == 2 * LLAMA_8B.config.n_layers  # `attend` and `append`
-    assert 0 < kernels.bytes <= 2.01 * compiled(LLAMA_8B).arrays.cache_bytes
+    # All of the cache is read once; of a write in place the tiles around a position count.
+    cache = compiled(LLAMA_8B).arrays.cache_bytes
+    assert cache <= kernels.bytes <= 1.05 * cache
 
 
 # --- prefill on v5e-8 ---
@@ -224,7 +225,7 @@ def test_a_bfloat16_cache_is_not_copied_in_a_step():
     """
     step = request(
         "llama-3.2-1b", "v5e-1", "tensor=1", layers=2, batch=4,
-        quantize="none", quantize_embeddings=False, int8_cache=False,
+        quantization=None, int8_cache=False,
     )  # fmt: skip
     program = compiled(step)
     outside = hlo.parse(program.text).entry.instructions

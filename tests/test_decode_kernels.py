@@ -191,6 +191,6 @@ def test_a_tpu_compiles_a_step_with_both(chips):
         lowered = jax.jit(step, donate_argnums=2).lower(shape(B, 1, N, H), new, cache)
         text = lowered.compile().as_text()
     assert text.count('custom_call_target="tpu_custom_call"') == 2
-    # The cache stays in HBM: each of the two has it as an operand, and nothing else moves it.
+    # The cache stays in HBM: `attend` reads it, `append` a few tiles, and nothing else moves it.
     cache_bytes = 2 * B * K * S * (H + 4)
-    assert 2 * cache_bytes <= hlo.analyze(text).hbm_bytes < 2.1 * cache_bytes
+    assert cache_bytes <= hlo.analyze(text).hbm_bytes < 1.1 * cache_bytes

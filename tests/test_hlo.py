@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from infer import hlo, topology
+from llama_jax import decode_kernels
 
 CHIPS = ("cpu", "v5e-4", "h100-4")
 SLACK = 64  # bytes of counters and indices, which are scalars
@@ -324,6 +325,39 @@ def test_custom_calls_count_by_their_operands_and_the_estimate_of_operations():
         "mine": hlo.Work(1, 128, 0),
     }
     assert [t.name for t in cost.temporaries] == ["c", "f"]
+
+
+@pytest.mark.parametrize(("estimate", "counted"), [(1000, 256), (100, 100), (0, 128)])
+def test_what_a_kernel_writes_in_place_counts_by_its_estimate(estimate, counted):
+    """At most read and written as a whole; where no bytes are estimated, as any operand."""
+    aliased = '"tpu_custom_call", output_to_operand_aliasing={{}: (0, {})}'
+    text = PROGRAM.replace("CYCLES", "1").replace('"tpu_custom_call"', aliased)
+    cost = hlo.analyze(text.replace('"1000"', f'"{estimate}"'))
+    assert cost.unestimated["tpu_custom_call"] == hlo.Work(1, counted, 77)
+    assert cost.hbm_bytes == 2 * 128 + counted + 128
+
+
+def test_the_write_of_a_position_counts_the_tiles_around_it_and_not_the_cache():
+    B, K, S, H = 1, 4, 4096, 128
+    mesh = Mesh(devices("v5e-1"), ("x",))
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    def run(cached, k, v, n):
+        append = decode_kernels.append
+        return jax.lax.fori_loop(0, n, lambda i, cached: append(cached, k, v, i[None]), cached)
+
+    entries = shape(B, K, S, H, dtype=jnp.int8), shape(B, K, 1, S, dtype=jnp.float32)
+    with jax.set_mesh(mesh), topology.quiet():
+        program = jax.jit(run, donate_argnums=0)
+        lowered = program.lower(entries * 2, *[shape(B, K, H)] * 2, shape(dtype=jnp.int32))
+        cost = hlo.analyze(lowered.compile().as_text())
+    tiles = 2 * B * K * (decode_kernels.ROWS * H + 4 * decode_kernels.LANES)  # keys and values
+    new = 2 * B * K * H * 2
+    assert 2 * tiles <= cost.open_loop_bytes <= 2 * tiles + new + SLACK
+    assert cost.hbm_bytes <= 2 * tiles + 3 * new + SLACK  # brought onto the chip
 
 
 @pytest.mark.parametrize("cycles", ["9223372036854775807", "-5"])

@@ -12,9 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from infer import plan, topology
+from infer import hlo, plan, topology
 from llama_jax.config import PRESETS
 from llama_jax.errors import UserError
+from llama_jax.quant import Quantization
 
 ROOT = Path(__file__).parents[1]
 TINY = dataclasses.replace(
@@ -56,8 +57,7 @@ def request(chips, config=TINY, **changes):
         config=config,
         chips=needs(chips),
         mesh=changes.pop("mesh", None) or plan.default_mesh(config, needs(chips), 4),
-        quantize="none",
-        quantize_embeddings=False,
+        quantization=None,
         dtype="bfloat16",
         int8_cache=False,
         batch=4,
@@ -166,6 +166,18 @@ def test_without_chips_all_are_listed(capsys):
         ),
         ("--chips v5e-128 --preset llama-3.2-1b", "has 128 chips, but this model splits over at"),
         ("--find --chips v5e-8 --preset llama-3.2-1b", "--find searches all chips or those of"),
+        (
+            "--chips v5e-8 --preset llama-3.2-1b --quantize int8 --group-size 64",
+            "int8 has no group size",
+        ),
+        (
+            "--chips v5e-8 --preset llama-3.2-1b --quantize int4 --double-quantization",
+            "int4 has no double quantization",
+        ),
+        (
+            "--chips v5e-8 --preset llama-3.2-1b --quantize nf4 --group-size 96",
+            "group size 96 does not divide the 2048 inputs",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
@@ -187,6 +199,11 @@ def test_a_mistake_is_one_line(arguments, message):
             "--chips v5e-1 --preset llama-3.2-1b --quantize-embeddings",
             "--quantize-embeddings is for --quantize; add a kind",
         ),
+        (
+            "--chips v5e-1 --preset llama-3.2-1b --group-size 32",
+            "--group-size is for --quantize; add a kind",
+        ),
+        ("--chips v5e-1 --preset llama-3.2-1b --group-size 1", "--group-size is 1, expected at"),
     ],
 )
 def test_a_mistake_in_the_flags_is_status_2(capsys, arguments, message):
@@ -201,6 +218,7 @@ def test_a_mistake_in_the_flags_is_status_2(capsys, arguments, message):
 def test_what_cannot_fit_is_said_without_compiling():
     needs("h100-1")
     flags = ("--preset", "llama-3.1-405b", "--chips", "h100-1", "--context", "4096")
+    flags += ("--mesh", "tensor=1")
     result = run(*flags, "--json", JAX_PLATFORMS="")  # with all that JAX finds by itself
     assert (result.returncode, result.stderr) == (0, "")
     told = json.loads(result.stdout)
@@ -213,12 +231,16 @@ def test_what_cannot_fit_is_said_without_compiling():
     assert told["decode"]["hbm_bytes"] is told["decode"]["roofline_tokens_per_s"] is None
     assert told["decode"]["least_bytes"] > 0.99 * memory["weights"]
     assert set(told["decode"]) == set(told["prefill"]) == PROGRAM_KEYS
+    assert told["mesh"] == "data=1,tensor=1"
     text = run(*flags)
     assert (text.returncode, text.stderr) == (0, "")
     assert (
         f"does not fit: weights and cache alone take {memory['total'] / 1e9:.2f} GB a chip of 80.70 GB"
         in text.stdout
     )
+    assert "on h100-1: 1 chip, data=1,tensor=1\n" in text.stdout
+    assert "decode, a step of 1 token\n" in text.stdout
+    assert "prefill of 1 prompt of 512 tokens\n" in text.stdout
 
 
 def test_find_passes_over_what_is_too_small_without_compiling(monkeypatch, capsys):
@@ -227,7 +249,7 @@ def test_find_passes_over_what_is_too_small_without_compiling(monkeypatch, capsy
 
     def small(request, arrays):
         compiled.append(request.chips.name)
-        return "too small, says the compiler" if request.chips.count < 64 else {}
+        return {}, "too small, says the compiler" if request.chips.count < 64 else None
 
     monkeypatch.setattr(plan, "compile_all", small)
     flags = "--preset llama-3.1-70b --batch 8 --context 4096 --find --chips v5e --json"
@@ -263,8 +285,8 @@ def test_least_bytes_are_weights_once_and_the_cache():
 
 def test_quantized_weights_and_caches_take_less():
     plain, int8 = (
-        plan.make_arrays(request("v5e-1", quantize=kind, int8_cache=kind == "int8"))
-        for kind in ("none", "int8")
+        plan.make_arrays(request("v5e-1", quantization=kind, int8_cache=kind is not None))
+        for kind in (None, Quantization("int8"))
     )
     D, V, F, L = 512, 2048, 1024, 2
     kernels, rows = L * (4 * D * D + 3 * F * D), L * (5 * D + 2 * F)
@@ -273,8 +295,37 @@ def test_quantized_weights_and_caches_take_less():
     elements = plain.cache_bytes // 2
     assert int8.cache_bytes == elements + elements // 64 * 4
     assert int8.weights_bytes > V * D * 2 * 2
-    all_int8 = plan.make_arrays(request("v5e-1", quantize="int8", quantize_embeddings=True))
+    embeddings = Quantization("int8", embeddings=True)
+    all_int8 = plan.make_arrays(request("v5e-1", quantization=embeddings))
     assert int8.weights_bytes - all_int8.weights_bytes == 2 * V * (D - 4)
+
+
+def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path, monkeypatch, capsys):
+    """nf4 in groups of 32 with scales of int8, not in the 64 of a model quantized while loading."""
+    needs("v5e-1")
+    monkeypatch.setattr(plan, "compile_all", lambda request, arrays: ({}, None))
+    (tmp_path / "params").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
+    flags = ["--checkpoint", str(tmp_path), "--chips", "v5e-1", "--context", "64", "--json"]
+    how = ["--quantize", "nf4", "--group-size", "32", "--double-quantization"]
+
+    def told(*more):
+        plan.main([*flags, *more])
+        return json.loads(capsys.readouterr().out)
+
+    plain, halved = told("--quantize", "nf4"), told(*how)
+    assert (plain["group_size"], plain["double_quantization"]) == (None, False)
+    elements = TINY.n_layers * (4 * 512 * 512 + 3 * 1024 * 512)
+    assert plain["memory"]["weights"] - halved["memory"]["weights"] == pytest.approx(
+        elements // 64 * 4 - elements // 32, rel=0.1
+    )
+    stored = Quantization("nf4", group_size=32, double_quantization=True)
+    fields = stored.to_dict() | {"dtype": "float32"}
+    (tmp_path / "quantization.json").write_text(json.dumps(fields))
+    assert told() == halved
+    assert "nf4 weights in groups of 32 with int8 scales, " in plan.describe(halved)
+    with pytest.raises(UserError, match="is quantized to nf4, expected the model that it was made"):
+        plan.main([*flags, *how])
 
 
 def test_the_mesh_takes_all_chips_for_each_row_if_the_heads_allow():
@@ -331,6 +382,25 @@ def test_a_plan_adds_up(chips):
     for name, tokens, positions in (("decode", 4, 257), ("prefill", 64, 16)):
         least, most = (flops(TINY, tokens, n, 4) / count for n in (0, positions))
         assert least <= told[name]["flops"] <= most
+    text = plan.describe(told)
+    assert f", data=1,tensor={count}\n" in text
+    # On a TPU weights so small are fetched once a call.
+    kept = "MB that it needs: the rest stays on the chip; "
+    assert (kept in text) == chips.startswith("v5e")
+    if chips.startswith("v5e"):
+        assert told["decode"]["step_hbm_bytes"] < told["decode"]["least_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "told"), [("int8", 197e12, "197 TFLOP/s"), ("w8a8", 393e12, "393 TFLOP/s")]
+)
+def test_int8_by_int8_has_a_rate_of_its_own(monkeypatch, kind, rate, told):
+    program = plan.Compiled(hlo.Cost(hbm_bytes=1, flops=10**12), 0, 0, 0, 0.0)
+    programs = {"prefill": program, "decode": program}
+    monkeypatch.setattr(plan, "compile_all", lambda request, arrays: (programs, None))
+    result = plan.plan(request("v5e-1", quantization=Quantization(kind)))
+    assert result["prefill"]["roofline_tokens_per_s"] == pytest.approx(64 * rate / 1e12)
+    assert told in plan.describe(result)
 
 
 def test_one_chip_has_no_collectives_and_eight_have_two_a_layer():
@@ -368,8 +438,16 @@ def test_json_is_one_object_and_standard_error_is_ours(tmp_path):
     result = run(*flags, "--batch", "2")
     assert result.returncode == 0
     first, *others = re.sub(r"\d+\.\d s", "N s", result.stderr).splitlines()
-    assert first == "compiling for h100-1"
-    assert sorted(others) == ["decode compiled in N s", "start compiled in N s"]
+    assert first == f"infer.plan: tracing {tmp_path} for h100-1 (1x1x1)"
+    assert sorted(others) == [
+        f"infer.plan: {line}"
+        for line in (
+            "compiled decode in N s",
+            "compiled prefill in N s",
+            "compiling decode ...",
+            "compiling prefill ...",
+        )
+    ]
     told = json.loads(result.stdout)
     check(told, batch=2, prompt=32)
     assert told["quantize"] == told["kv_cache"] == "int8"
@@ -386,7 +464,7 @@ def test_a_long_prompt_is_read_in_chunks():
 
 
 def test_a_compiler_that_runs_out_of_memory_is_no_traceback(monkeypatch):
-    def out_of_memory(lowered):
+    def out_of_memory(name, lowered):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.\nmore")
 
     monkeypatch.setattr(plan, "_compile", out_of_memory)
@@ -396,7 +474,7 @@ def test_a_compiler_that_runs_out_of_memory_is_no_traceback(monkeypatch):
     assert told["memory"]["total"] == told["memory"]["weights"] + told["memory"]["cache"]
     assert told["decode"]["compile_s"] is None
 
-    def broken(lowered):
+    def broken(name, lowered):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
     monkeypatch.setattr(plan, "_compile", broken)
