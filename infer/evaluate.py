@@ -2,12 +2,17 @@
 
 The model is read as it is stored and once more for each kind of quantization; both stay in memory
 while they are compared. The text is cut into windows, each with BOS in front, and every token of
-it is predicted once. A Markdown table goes to standard output, progress to standard error.
+it is predicted once. A Markdown table goes to standard output, progress to standard error; the
+model as it is stored, "none", is its first row.
 
+  size     of the weights, in units of 10^6 bytes
   nats     mean of -log p(token), and its exponential, the perplexity
   KL       mean Kullback-Leibler divergence of the quantized model's next-token distribution from
            that of the model as it is stored, in nats
   same     how often both find the same token the likeliest
+
+With `--kv-cache int8` each kind has a second row: the text read as decoding would write it, token
+by token, each seeing the ones before it as int8 and itself as it is. That takes a step a token.
 """
 
 import argparse
@@ -25,13 +30,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import llama_jax
+from infer import kinds
 from llama_jax import sharding
+from llama_jax.cache import init_cache
 from llama_jax.checkpoint import refuse_quantized, stored_bytes
-from llama_jax.command import ArgumentParser, default_dtype, keep_compilations, report, run
+from llama_jax.command import (
+    ArgumentParser,
+    default_dtype,
+    is_first_process,
+    join_processes,
+    keep_compilations,
+    report,
+    run,
+)
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.model import Params, forward
-from llama_jax.quant import GROUPED, KINDS, Quantization
 
 PROG = "infer.evaluate"
 LINE_EVERY = 10.0  # seconds between lines of progress
@@ -42,6 +56,7 @@ class Row:
     """One line of the table."""
 
     quantize: str
+    int8_cache: bool
     bytes: int  # of the weights
     tokens: int  # predicted
     nats: float
@@ -56,31 +71,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 and one line on a mistake."""
     parser = ArgumentParser(prog=PROG, description="Measure what quantization costs a model.")
     add = parser.add_argument
-    kinds = ",".join(("none", *KINDS))
+    names = ",".join(kinds.NAMES)
     add("--checkpoint", required=True, metavar="DIR", help="model directory")
     add("--data", required=True, metavar="FILE", help="UTF-8 text, of the kind the model knows")
-    add("--quantize", default=kinds, metavar="KINDS", help=f"any of {kinds} (all)")
-    parser.add_shared("--quantize-embeddings", "--group-size", "--double-quantization")
+    kinds.add_flags(parser, default=names, help=f"some of {names} (all)")
     add("--tokens", type=int, default=16384, metavar="N", help="most tokens of the text (16384)")
     add("--window", type=int, metavar="N", help="tokens seen at once (2048, or the context)")
     add("--batch", type=int, default=4, metavar="N", help="windows at once (4)")
-    parser.add_shared("--dtype", "--mesh")
+    parser.add_shared("--kv-cache", "--dtype", "--mesh")
     add("--json", action="store_true", help="a last line of JSON")
     args = parser.parse_args(arguments)
-    parser.refuse_below(args, tokens=1, window=2, batch=1)
-    parser.split_list(args, "quantize", ("none", *KINDS).__contains__, f"some of {kinds}")
-    for given, flag, takers in (
-        (args.group_size is not None, "--group-size", GROUPED),
-        (args.double_quantization, "--double-quantization", ("nf4",)),
-        (args.quantize_embeddings, "--quantize-embeddings", tuple(KINDS)),
-    ):
-        if given and not set(takers) & set(args.quantize):
-            parser.error(f"{flag} is for {' and '.join(takers)}; add one of them to --quantize")
+    parser.refuse_below(args, tokens=2, window=2, batch=1)
+    kinds.check(parser, args)
     return args
 
 
 def read_tokens(file: str, tokenizer: Any, most: int) -> list[int]:
-    """The first `most` tokens of a text; raises `UserError` where it has none."""
+    """The first `most` tokens of a text; raises `UserError` where it has hardly any."""
     try:
         text = Path(file).read_bytes().decode("utf-8")
     except UnicodeDecodeError:
@@ -89,8 +96,9 @@ def read_tokens(file: str, tokenizer: Any, most: int) -> list[int]:
         raise UserError(f"--data {file} is no file, expected a text in UTF-8") from None
     # A tokenizer may need minutes for a text of which only the beginning is wanted.
     tokens = tokenizer.encode(text[: 16 * most])[:most]
-    if not tokens:
-        raise UserError(f"--data {file} is empty, expected a text")
+    if len(tokens) < 2:
+        what = "only 1 token" if tokens else "empty"
+        raise UserError(f"--data {file} is {what}, expected a text of many")
     return tokens
 
 
@@ -114,16 +122,38 @@ def windows(
         yield read, expected, valid
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "int8_cache"))
 def compare(
-    config: LlamaConfig, params: Params, reference: Params, read_BT: jax.Array, expected_BT: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    config: LlamaConfig,
+    params: Params,
+    reference: Params,
+    read_BT: jax.Array,
+    expected_BT: Any,
+    int8_cache: bool = False,
+) -> tuple[jax.Array, ...]:
     """-log p of what follows, KL divergence from the reference, same likeliest token; [B, T]."""
     log_p_BTV = jax.nn.log_softmax(forward(config, reference, read_BT)[0])
-    log_q_BTV = jax.nn.log_softmax(forward(config, params, read_BT)[0])
+    if int8_cache:
+        log_q_BTV = jax.nn.log_softmax(through_int8_cache(config, params, read_BT))
+    else:
+        log_q_BTV = jax.nn.log_softmax(forward(config, params, read_BT)[0])
     nll_BT = -jnp.take_along_axis(log_q_BTV, expected_BT[..., None], axis=-1)[..., 0]
     kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
-    return nll_BT, kl_BT, jnp.argmax(log_p_BTV, -1) == jnp.argmax(log_q_BTV, -1)
+    same_BT = jnp.argmax(log_p_BTV, -1) == jnp.argmax(log_q_BTV, -1)
+    return tuple(sharding.constrain(x, None, None) for x in (nll_BT, kl_BT, same_BT))
+
+
+def through_int8_cache(config: LlamaConfig, params: Params, read_BT: jax.Array) -> jax.Array:
+    """Logits [B, T, V] of steps of decoding, with the given tokens in place of drawn ones."""
+    B, T = read_BT.shape
+    empty = init_cache(config, B, T, params["embed"]["embedding"].dtype, int8=True)
+
+    def step(cache: Any, token_B: jax.Array) -> tuple[Any, jax.Array]:
+        logits_B1V, cache = forward(config, params, token_B[:, None], cache)
+        return cache, logits_B1V[:, 0]
+
+    _, logits_TBV = jax.lax.scan(step, empty, read_BT.T)
+    return jnp.swapaxes(logits_TBV, 0, 1)
 
 
 def measure(
@@ -131,6 +161,8 @@ def measure(
     params: Params,
     reference: Params,
     batches: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    int8_cache: bool = False,
     name: str = "",
 ) -> tuple[int, float, float, float]:
     """Tokens, mean -log p, mean KL divergence and share of equal predictions; sums in float64."""
@@ -138,7 +170,8 @@ def measure(
     sums, count, printed = np.zeros(3), 0, time.monotonic()
     for i, (read, expected, valid) in enumerate(batches, start=1):
         with sharding.use(mesh):
-            found = compare(config, params, reference, *sharding.replicate((read, expected), mesh))
+            texts = sharding.replicate((read, expected), mesh)
+            found = compare(config, params, reference, *texts, int8_cache)
         sums += [np.asarray(x, np.float64)[valid].sum() for x in found]
         count += int(valid.sum())
         if time.monotonic() - printed > LINE_EVERY:
@@ -149,57 +182,64 @@ def measure(
 
 
 def evaluate(args: argparse.Namespace) -> list[Row]:
-    """One row for each kind of quantization asked for.
+    """The model as it is stored, then each kind of quantization asked for.
 
     Raises `UserError` for a model or a text that cannot be read or has no room.
     """
     dtype = default_dtype(args.dtype)
-    if args.quantize != ["none"]:
+    quantizations = {"none": None, **kinds.quantizations(args)}
+    if len(quantizations) > 1:
         refuse_quantized(args.checkpoint)
-    quantizations = [_quantization(kind, args) for kind in args.quantize]
     stored = llama_jax.load(args.checkpoint, dtype=dtype, mesh=args.mesh)
     tokens = read_tokens(args.data, stored.tokenizer, args.tokens)
     window = min(args.window or 2048, stored.config.context, len(tokens))
     batch = min(args.batch, -(-len(tokens) // window))
     batches = list(windows(tokens, stored.tokenizer.bos_id, window, batch))
     rows: list[Row] = []
-    base = None
-    for kind, quantization in zip(args.quantize, quantizations, strict=True):
-        began = time.monotonic()
+    for kind, how in quantizations.items():
         model = stored
-        if quantization is not None:
-            model = llama_jax.load(
-                args.checkpoint, dtype=dtype, quantize=quantization, mesh=args.mesh
+        if how is not None:
+            model = llama_jax.load(args.checkpoint, dtype=dtype, quantize=how, mesh=args.mesh)
+        for int8_cache in (False, True) if args.kv_cache else (False,):
+            name = kind + ", int8 cache" * int8_cache
+            began = time.monotonic()
+            count, nats, kl, same = measure(
+                stored.config,
+                model.params,
+                stored.params,
+                batches,
+                int8_cache=int8_cache,
+                name=name,
             )
-        if base is None and quantization is not None:
-            base = measure(stored.config, stored.params, stored.params, batches, "none")[1]
-        count, nats, kl, same = measure(stored.config, model.params, stored.params, batches, kind)
-        base = nats if base is None else base
-        size = stored_bytes(model.params)
-        change = math.expm1(nats - base)
-        seconds = time.monotonic() - began
-        rows.append(Row(kind, size, count, nats, math.exp(nats), change, kl, same, seconds))
-        report(f"{PROG}: {kind}: {count} tokens in {seconds:.1f} s")
+            seconds = time.monotonic() - began
+            rows.append(
+                Row(
+                    quantize=kind,
+                    int8_cache=int8_cache,
+                    bytes=stored_bytes(model.params),
+                    tokens=count,
+                    nats=nats,
+                    perplexity=math.exp(nats),
+                    change=math.expm1(nats - rows[0].nats) if rows else 0.0,
+                    kl=kl,
+                    same=same,
+                    seconds=seconds,
+                )
+            )
+            report(f"{PROG}: {name}: {count} tokens in {seconds:.1f} s")
     return rows
-
-
-def _quantization(kind: str, args: argparse.Namespace) -> Quantization | None:
-    if kind == "none":
-        return None
-    group_size = args.group_size if kind in GROUPED else None
-    double = args.double_quantization and kind == "nf4"
-    return Quantization(kind, args.quantize_embeddings, group_size, double)
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| weights | MB | nats/token | perplexity | change | KL | same |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| weights | size, MB | tokens | nats/token | perplexity | change | KL, nats | same |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {row.quantize} | {row.bytes / 1e6:.2f} | {row.nats:.4f} | {row.perplexity:.4f} | "
-        f"{row.change:+.2%} | {row.kl:.2e} | {row.same:.2%} |"
+        f"| {row.quantize}{', int8 cache' * row.int8_cache} | {row.bytes / 1e6:.2f} | {row.tokens} "
+        f"| {row.nats:.4f} | {row.perplexity:.4f} "
+        f"| {row.change:+.2%} | {row.kl:.2e} | {row.same:.2%} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -209,7 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; raises `UserError` for what the user can mend."""
     args = parse(arguments)
     keep_compilations()
+    join_processes()
     rows = evaluate(args)
+    if not is_first_process():
+        return
     print(table(rows))
     if args.json:
         print(json.dumps({"data": args.data, "rows": [asdict(row) for row in rows]}))

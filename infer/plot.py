@@ -1,7 +1,7 @@
 """The picture of `infer.bench`: tokens/s and memory of each configuration.
 
-Lines over the batch where there are several batches, otherwise bars. Needs matplotlib, of the
-extra `plot`.
+Bars of one batch, points of two, lines from three on, as two say nothing of what lies between.
+Needs matplotlib, of the extra `plot`.
 """
 
 import importlib
@@ -68,7 +68,9 @@ def _panel(
     for i, (name, rows) in enumerate(series.items()):
         values, cache = [row[key] / scale for row in rows], rows[0]["cache"]
         if len(batches) > 1:
-            axis.plot(batches, values, "o-" if cache else "o--", color=f"C{i}", label=name)
+            line = "none" if len(batches) < 3 else "-" if cache else "--"
+            marker = {"marker": "o", "fillstyle": "full" if cache else "none"}
+            axis.plot(batches, values, linestyle=line, color=f"C{i}", label=name, **marker)
         else:
             bars = axis.bar([name.replace(", ", "\n")], values, color=f"C{i}", width=0.6)
             axis.bar_label(bars, fmt="{:,.4g}", padding=2)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from oracle import CONFIGS, random_params
 
-from infer import bench, generate, machine, plot, random_weights
-from infer.bench import Case, Driver, Prepared, Run, Setup
+from infer import bench, generate, machine, plot, random_weights, workload
+from infer.bench import Prepared
 from infer.sampling import settings
+from infer.workload import Case, Driver, Run, Setup
 from llama_jax import checkpoint, config, sharding
 from llama_jax.checkpoint import save_model
 from llama_jax.errors import UserError
@@ -47,7 +48,7 @@ def make_setup(**changes):
         "model": "tiny",
         "config": CONFIG,
         "stored": False,
-        "stored_kind": "none",
+        "quantizations": {"none": None, "int8": Quantization("int8")},
         "dtype": "float32",
         "mesh": None,
         "int8_cache": False,
@@ -75,10 +76,11 @@ def test_tokens_are_those_of_generate_with_a_cache_and_without(monkeypatch, mesh
         settings([(0, 0)] * 2, temperature=0),
         max_new_tokens=12,
     ).tokens[:, :12]
-    for make in (bench.with_cache, bench.without_cache):
-        run = bench.run_once(make(setup, params, 2), 12)
+    for cache, make in ((True, workload.with_cache), (False, workload.without_cache)):
+        compiled = bench.compile_case(setup, Case("none", cache, 2))
+        run = bench.run_once(make(setup, compiled.programs, params, 2), 12)
         np.testing.assert_array_equal(run.tokens, expected)
-        assert len(run.step_s) == bench.WINDOWS
+        assert len(run.step_s) == workload.WINDOWS
     assert len(np.unique(expected)) > 8  # a model that repeats itself would prove little
 
 
@@ -89,7 +91,7 @@ def test_windows_make_all_tokens():
         taken.append(n)
         return state + n
 
-    driver = Driver([], lambda: np.int32(1), steps, lambda state: state)
+    driver = Driver(lambda: np.int32(1), steps, lambda state: state)
     assert bench.run_once(driver, 128).tokens == 128
     assert sum(taken) == 127
     assert set(taken) == {15, 16}
@@ -175,16 +177,18 @@ def test_pictures_are_of_a_size_to_read(printed, tmp_path):
     lines, picture = printed
     bars = png_size(picture)
     result = json.loads(lines[-1])
-    result["rows"] += [
-        row | {"batch": 8, "tokens_per_s": 100 * row["tokens_per_s"]} for row in result["rows"]
-    ]
-    plot.draw(result, "title\nof two lines", str(tmp_path / "lines.png"))
-    assert bars == png_size(tmp_path / "lines.png") == (1430, 650)
+    rows = result["rows"]
+    for batch, name in ((8, "points.png"), (16, "lines.png")):
+        result["rows"] = result["rows"] + [
+            row | {"batch": batch, "tokens_per_s": 100 * row["tokens_per_s"]} for row in rows
+        ]
+        plot.draw(result, "title\nof two lines", str(tmp_path / name))
+        assert bars == png_size(tmp_path / name) == (1430, 650)
 
 
 def test_a_row_has_the_medians_of_all_repeats():
     runs = [Run(0.3, [0.002, 0.004], np.zeros(0)), Run(0.1, [0.001, 0.002], np.zeros(0))]
-    driver = Driver([], lambda: None, lambda state, n: state, lambda state: state)
+    driver = Driver(lambda: None, lambda state, n: state, lambda state: state)
     costs = {
         "compile_s": 1.5,
         "program_bytes": 100,
@@ -270,7 +274,7 @@ def test_kinds_that_do_not_fit_together_are_measured_one_after_the_other(monkeyp
     cases = [Case("none", False, 1), Case("int8", False, 1)]
     needed = []
     monkeypatch.setattr(checkpoint, "refuse_small_memory", lambda sizes, _: needed.append(sizes))
-    bench.refuse_small_memory(setup, cases)
+    bench.refuse_small_memory(setup, cases, {})
     monkeypatch.undo()
     monkeypatch.setattr(machine, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(checkpoint, "_host_memory", lambda: sum(needed[0].values()) - 1)
@@ -281,31 +285,38 @@ def test_kinds_that_do_not_fit_together_are_measured_one_after_the_other(monkeyp
 
 
 def test_kinds_whose_programs_do_not_fit_together(monkeypatch):
-    """Known only when the second kind is compiled; the time of the compilations is kept."""
+    """Known only when that of the second kind runs; none is compiled again."""
     setup = make_setup(new_tokens=3)
-    prepare, calls = bench.prepare, []
+    prepare, calls, compiled = bench.prepare, [], []
 
-    def full(setup, params, others, cases, compile_s):
-        calls.append((cases[0].quantize, others > 0))
+    def full(setup, params, others, case, compiled):
+        calls.append((case.quantize, others > 0))
         if others:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return prepare(setup, params, others, cases, compile_s)
+        return prepare(setup, params, others, case, compiled)
+
+    def counted(setup, case, compile_case=bench.compile_case):
+        compiled.append(case.quantize)
+        return compile_case(setup, case)
 
     monkeypatch.setattr(bench, "prepare", full)
+    monkeypatch.setattr(bench, "compile_case", counted)
     result = bench.bench(setup, [Case("none", False, 1), Case("int8", False, 1)], 1)
     assert calls == [("none", False), ("int8", True), ("none", False), ("int8", False)]
+    assert compiled == ["none", "int8"]
     assert not result["interleaved"]
     assert len(result["rows"]) == 2
 
 
-def test_a_program_without_room_is_refused_before_it_runs(monkeypatch):
+def test_a_program_without_room_is_refused_before_there_are_weights(monkeypatch):
     setup = make_setup(new_tokens=3)
-    params = bench.make_weights(setup, "none")
-    monkeypatch.setattr(checkpoint, "_host_memory", lambda: 1000)
-    with pytest.raises(
-        UserError, match=r"tiny \(none, no cache, batch 1\) beside its weights need"
-    ):
-        bench.prepare(setup, params, 0, [Case("none", False, 1)], {})
+    case = Case("none", False, 1)
+    compiled = bench.compile_case(setup, case)
+    monkeypatch.setattr(bench, "make_weights", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(checkpoint, "_host_memory", lambda: 10**9)
+    large = compiled._replace(bytes=2 * 10**9)
+    with pytest.raises(UserError, match=r"tiny needs 2\.00 GB of memory, this machine has 1\.00"):
+        bench.measure(setup, [case], {case: large}, 1)
 
 
 def test_memory_that_ends_while_it_runs_is_one_line():
@@ -343,14 +354,31 @@ def test_a_quantized_model_is_measured_as_it_is(tmp_path):
         path, CONFIG, how(random_params(CONFIG)), tokenizer=None, provenance={}, quantization=how
     )
     args = bench.parse(["--checkpoint", str(path), "--quantize", "int8", *SHORT])
-    setup = bench.make_setup(args)
     with pytest.raises(UserError, match="is quantized to int8 already; leave --quantize out"):
-        bench.make_cases(args, setup)
+        bench.make_setup(args)
     args = bench.parse(["--checkpoint", str(path), *SHORT])
-    assert bench.make_cases(args, setup) == [Case("int8", True, 1)]
-    made, abstract = bench.make_weights(setup, "int8"), bench.abstract_weights(setup, "int8")
+    setup = bench.make_setup(args)
+    name = "int8, embeddings too"
+    assert bench.make_cases(args, setup) == [Case(name, True, 1)]
+    made, abstract = bench.make_weights(setup, name), bench.abstract_weights(setup, name)
     assert sharding.device_bytes(made) == sharding.device_bytes(abstract)
     assert jax.tree.structure(made) == jax.tree.structure(abstract)
+
+
+def test_flags_of_quantization_are_in_the_name():
+    flags = ["--quantize", "none,int8,nf4", "--quantize-embeddings", "--group-size", "16"]
+    args = bench.parse(["--preset", "tiny", *flags, "--double-quantization", *SHORT])
+    setup = bench.make_setup(args)
+    assert setup.quantizations == {
+        "none": None,
+        "int8, embeddings too": Quantization("int8", embeddings=True),
+        "nf4 in groups of 16 with double quantization, embeddings too": Quantization(
+            "nf4", True, 16, True
+        ),
+    }
+    assert [case.quantize for case in bench.make_cases(args, setup)] == list(setup.quantizations)
+    made = bench.make_weights(setup, "int8, embeddings too")
+    assert isinstance(made["embed"]["embedding"], Int8)
 
 
 # --- mistakes ---
