@@ -15,25 +15,28 @@ from oracle import random_params
 from test_sharding import CONFIG as TWO_LAYERS
 from test_sharding import save_tokenizer
 
-from infer import sample
+from infer import evaluate, sample
 from llama_jax.checkpoint import save_model
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(TWO_LAYERS, n_layers=1)
-SECONDS = 240  # for both processes, with all they compile
+SECONDS = 400  # for both processes, with all they compile
 DATA, TENSOR = ["--mesh", "data=2,tensor=4"], ["--mesh", "tensor=8"]
 GREEDY = ["--temperature", "0"]
 COMMON = ["--prompt", "the fox", "--prompt", "dog", "--max-new-tokens", "20", "--ignore-eos"]
-CASES = {
+CASES = {  # of infer.sample
     "float32, data=2,tensor=4": [*DATA, *GREEDY],
     "float32, tensor=8": [*TENSOR, *GREEDY],
     "int8, tensor=8": [*TENSOR, "--quantize", "int8", *GREEDY],
     "drawn": [*DATA, "--temperature", "1"],
     "too small": ["--mesh", "tensor=4", *GREEDY],
 }
+TEXT = "the fox and the dog\n" * 4
+EVALUATE = ["--quantize", "none", "--kv-cache", "int8", "--window", "16", "--json"]
+BENCH = ["--cache", "on,off", "--batch", "2", "--prompt-tokens", "5", "--new-tokens", "3"]
 
-# Runs the command for each list of arguments in one file, and writes to another what it printed,
-# the tokens that it drew, and what it raised.
+# Runs the commands that one file names with their arguments, and writes to another whether each
+# joined the processes, what it printed, the tokens that it drew, and what it raised.
 DRIVER = """
 import contextlib, io, json, sys
 import jax
@@ -43,7 +46,7 @@ jax.distributed.initialize(
     coordinator_address=address, num_processes=2, process_id=int(process)
 )
 assert (jax.device_count(), jax.local_device_count()) == (8, 4)
-from infer import sample
+from infer import bench, evaluate, machine, sample
 from llama_jax.errors import UserError
 
 tokens = []
@@ -57,16 +60,23 @@ def recorded(*arguments):
 
 
 sample.complete = recorded
+machine.COPY_BYTES = 1 << 16  # a copy that takes no time
+joined = []
+for command in (bench, evaluate, sample):
+    command.join_processes = lambda: joined.append(jax.distributed.is_initialized())
 said = {}
-for name, arguments in json.load(open(cases)).items():
+for name, (command, arguments) in json.load(open(cases)).items():
     tokens.clear()
+    joined.clear()
     error = None
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            sample.main(arguments)
+            {"bench": bench, "evaluate": evaluate, "sample": sample}[command].main(arguments)
         except UserError as raised:
             error = str(raised)
-    said[name] = {"out": out.getvalue(), "tokens": list(tokens), "error": error}
+    said[name] = {
+        "joined": list(joined), "out": out.getvalue(), "tokens": list(tokens), "error": error
+    }
 json.dump(said, open(results, "w"))
 """
 
@@ -78,6 +88,13 @@ def model_dir(tmp_path_factory):
     path = folder / "model"
     save_model(path, CONFIG, random_params(CONFIG), tokenizer=tokenizer, provenance={})
     return path
+
+
+def data(model_dir):
+    """`--data` with a text beside the model."""
+    text = model_dir.parent / "text.txt"
+    text.write_text(TEXT)
+    return ["--data", str(text)]
 
 
 def free_port():
@@ -92,9 +109,10 @@ def said(model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     cases = folder / "cases.json"
     checkpoint = ["--checkpoint", str(model_dir)]
-    cases.write_text(
-        json.dumps({name: [*checkpoint, *COMMON, *flags] for name, flags in CASES.items()})
-    )
+    listed = {name: ("sample", [*checkpoint, *COMMON, *flags]) for name, flags in CASES.items()}
+    listed["evaluate"] = "evaluate", [*checkpoint, *data(model_dir), *EVALUATE, *DATA]
+    listed["bench"] = "bench", [*checkpoint, *BENCH, *DATA, "--plot", str(folder / "bench.svg")]
+    cases.write_text(json.dumps(listed))
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -166,6 +184,40 @@ def test_processes_agree_on_what_is_drawn_without_a_seed(said):
     assert first["tokens"] == second["tokens"]
     assert first["out"]
     assert second["out"] == ""
+
+
+def test_the_first_process_evaluates_as_one_device_does(said, model_dir, monkeypatch, capsys):
+    first, second = (results["evaluate"] for results in said)
+    assert (first["error"], second["error"], second["out"]) == (None, None, "")
+    monkeypatch.setattr(evaluate, "keep_compilations", lambda: None)
+    evaluate.main(["--checkpoint", str(model_dir), *data(model_dir), *EVALUATE])
+    *table, last = first["out"].splitlines()
+    *_, expected = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 2
+    rows, alone = (json.loads(line)["rows"] for line in (last, expected))
+    assert [row["int8_cache"] for row in rows] == [False, True]
+    for row, other in zip(rows, alone, strict=True):  # a key may round the other way
+        assert row["tokens"] == other["tokens"] > 32
+        assert row["bytes"] == other["bytes"]
+        assert row["nats"] == pytest.approx(other["nats"], rel=1e-5)
+        assert row["kl"] == pytest.approx(other["kl"], rel=0.1, abs=1e-6)
+
+
+def test_the_first_process_tells_what_both_measured(said):
+    first, second = (results["bench"] for results in said)
+    assert (first["error"], second["error"], second["out"]) == (None, None, "")
+    result = json.loads(first["out"].splitlines()[-1])
+    assert (result["devices"], result["mesh"]["data"], result["mesh"]["tensor"]) == (8, 2, 4)
+    assert [row["cache"] for row in result["rows"]] == [True, False]
+    for row in result["rows"]:
+        assert row["peak_bytes"] > row["program_bytes"] > 0
+
+
+def test_every_command_joins_the_processes_once(said):
+    for results in said:
+        assert {name: result["joined"] for name, result in results.items()} == {
+            name: [True] for name in (*CASES, "evaluate", "bench")
+        }
 
 
 def test_a_mesh_without_all_devices_is_refused_by_every_process(said):
