@@ -11,6 +11,8 @@ import oracle
 import pytest
 
 from infer import evaluate
+from infer.generate import generate
+from infer.sampling import settings
 from llama_jax.errors import UserError
 from llama_jax.model import forward
 from llama_jax.quant import Quantization
@@ -61,9 +63,35 @@ def test_a_model_does_not_differ_from_itself():
     assert (kl, same) == (0, 1)
 
 
+def test_an_int8_cache_is_measured_as_decoding_uses_it():
+    """The log-probabilities that `generate` records for what it drew with such a cache."""
+    params = oracle.random_params(CONFIG)
+    drawn = generate(
+        CONFIG,
+        params,
+        [[1]],
+        settings([(0, 0)], temperature=0),
+        max_new_tokens=40,
+        n_logprobs=1,
+        int8_cache=True,
+    )
+    batches = list(evaluate.windows(drawn.completion(0), 1, 40, 1))
+    count, nats, kl, _ = evaluate.measure(CONFIG, params, params, batches, int8_cache=True)
+    assert count == 40
+    assert nats == pytest.approx(-np.mean(drawn.logprobs[0, :40]), rel=1e-5)
+    _, plain, _, _ = evaluate.measure(CONFIG, params, params, batches)
+    assert abs(nats - plain) > 1e-4 * nats
+    assert kl > 1e-6
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is no file"), (b"", "is empty"), (b"\xff", "is not UTF-8 text")],
+    [
+        (None, "is no file"),
+        (b"", "is empty"),
+        (b"a", "is only 1 token, expected a text of many"),
+        (b"\xff", "is not UTF-8 text"),
+    ],
 )
 def test_texts_that_cannot_be_read(tmp_path, content, message):
     class Letters:
@@ -84,7 +112,8 @@ def test_texts_that_cannot_be_read(tmp_path, content, message):
     [
         (["--quantize", "int8,int3"], "--quantize has 'int3', expected some of none,int8"),
         (["--window", "1"], "--window is 1, expected at least 2"),
-        (["--tokens", "0"], "--tokens is 0, expected at least 1"),
+        (["--tokens", "1"], "--tokens is 1, expected at least 2"),
+        (["--quantize", "int8", "--group-size", "32"], "--group-size is for int4 and nf4; add one"),
     ],
 )
 def test_mistakes_are_one_line(capsys, flags, words):
@@ -108,14 +137,15 @@ BOUNDS = {
 }
 
 
+INT8_CACHE = 0.0036, 4.1e-3  # the same, with the weights as they are
+
+
 @pytest.mark.external
-def test_what_quantization_costs_stories260k(shared_data, tmp_path):
+def test_what_quantization_costs_stories260k(shared_data, tmp_path, monkeypatch, capsys):
     """260,000 parameters in rows of 64 and 172 suffer far more from 4 bits than a large model."""
     pytest.importorskip("torch")
     import llama_jax
     from convert import meta_to_orbax
-    from infer.generate import generate
-    from infer.sampling import settings
 
     model = tmp_path / "model"
     meta_to_orbax.main([f"--input={shared_data / 'stories260K'}", f"--output={model}"])
@@ -132,7 +162,7 @@ def test_what_quantization_costs_stories260k(shared_data, tmp_path):
         command, capture_output=True, text=True, check=True, cwd=Path(evaluate.__file__).parents[1]
     )
     *printed, last = done.stdout.splitlines()
-    assert printed[0].startswith("| weights | MB |")
+    assert printed[0].startswith("| weights | size, MB | tokens |")
     assert len(printed) == 2 + 6
     rows = {row["quantize"]: row for row in json.loads(last)["rows"]}
     assert rows["none"]["tokens"] > 3500
@@ -141,3 +171,13 @@ def test_what_quantization_costs_stories260k(shared_data, tmp_path):
         assert abs(rows[kind]["change"]) < change, kind
         assert 0 < rows[kind]["kl"] < kl, kind
         assert rows[kind]["bytes"] < 0.37 * rows["none"]["bytes"]
+
+    monkeypatch.setattr(evaluate, "keep_compilations", lambda: None)
+    evaluate.main([str(word) for word in command[3:]] + ["--quantize=none", "--kv-cache=int8"])
+    *printed, last = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith(f"| none, int8 cache | 1.04 | {rows['none']['tokens']} |")
+    plain, cached = json.loads(last)["rows"]
+    assert plain["nats"] == pytest.approx(rows["none"]["nats"], rel=1e-6)
+    change, kl = INT8_CACHE
+    assert abs(cached["change"]) < change
+    assert 0 < cached["kl"] < kl
