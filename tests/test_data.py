@@ -41,6 +41,7 @@ ALPACA_TEXTS = [  # prompt, answer
     ),
     (f"{HEAD}. {ASK}\n\n### Instruction:\nSay mat\n\n### Response:\n", " mat "),
 ]
+ROW = b'{"instruction": "a", "output": "b"}\n'
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the cat?"},
@@ -181,6 +182,16 @@ def test_a_plain_text_is_cut_into_windows_that_predict_each_token_once(tokenizer
     assert counts == data.Counts(len(samples), 0, 0, len(ids), len(ids))
     rows = pack(samples, 16)
     assert rows.tokens.ravel()[: len(ids)].tolist() == [tokenizers["3"].bos_id, *ids[:-1]]
+
+
+def test_a_byte_order_mark_is_no_text(tokenizers, write):
+    for name, content in ("a.txt", b"the cat"), ("a.json", b"[" + ROW + b"]"):
+        plain, marked = (
+            read(write(name, mark + content), tokenizers["3"], CONFIGS["3"], seq_len=500)
+            for mark in (b"", b"\xef\xbb\xbf")
+        )
+        assert plain[0][0].ids.tolist() == marked[0][0].ids.tolist()
+        assert plain[1] == marked[1]
 
 
 def test_what_is_cut_or_has_nothing_to_learn_is_counted(tokenizers, write):
@@ -324,7 +335,7 @@ def test_a_fingerprint_changes_with_any_entry():
 
 def test_the_last_samples_validate():
     assert split(range(10), 0.25) == ([0, 1, 2, 3, 4, 5, 6], [7, 8, 9])
-    for fraction in (0.0, 1.0):
+    for fraction in (0.0, 1.0, 0.95, -0.1, float("nan")):
         with pytest.raises(UserError, match="expected at least one each"):
             split(range(10), fraction)
 
@@ -454,9 +465,6 @@ def test_reading_and_packing_do_without_grain(monkeypatch):
 # Bad input
 
 
-ROW = b'{"instruction": "a", "output": "b"}\n'
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -470,7 +478,7 @@ ROW = b'{"instruction": "a", "output": "b"}\n'
         ("a.json", b"[\n" + ROW + b",\n", "a.json line 4 is not JSON"),
         ("a.json", b" [ \n ]", "a.json has no rows"),
         ("a.jsonl", ROW + b"3", "a.jsonl line 2: a row is a number, expected an object"),
-        ("a.jsonl", ROW + b'{"instruction": "a"}', "line 2: the row has no 'output'; its keys are"),
+        ("a.jsonl", ROW + b'{"instruction": "a"}', "line 2: missing key 'output', the keys are"),
         (
             "a.jsonl",
             ROW + ROW[:-2] + b', "text": 1}',
@@ -489,7 +497,7 @@ ROW = b'{"instruction": "a", "output": "b"}\n'
         ("a.jsonl", ROW.replace(b'"a"', b"1.5"), "line 1: 'instruction' is a number, expected"),
         ("a.jsonl", ROW.replace(b'"a"', b"true"), "line 1: 'instruction' is a boolean, expected"),
         ("a.jsonl", ROW.replace(b'"a"', b'"\\ud800"'), "line 1: the text has a lone surrogate"),
-        ("a.jsonl", ROW + b'{"messages": []}', "line 2: the row has no 'instruction', 'output'"),
+        ("a.jsonl", ROW + b'{"messages": []}', "line 2: missing key 'instruction', 'output', "),
         ("a.jsonl", b'{"text": "a"}', "line 1: the keys are 'text', expected messages .chat. or"),
         ("a.jsonl", b"{}", "line 1: the keys are none, expected"),
         (
@@ -499,7 +507,7 @@ ROW = b'{"instruction": "a", "output": "b"}\n'
         ),
         ("a.jsonl", b'{"messages": []}', "line 1: the chat has no messages"),
         ("a.jsonl", b'{"messages": ["a"]}', "line 1: a message is a text, expected an object"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: the row has no 'content'"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: missing key 'content'"),
         (
             "a.jsonl",
             b'{"messages": [{"role": "pope", "content": "a"}]}',
@@ -510,6 +518,7 @@ ROW = b'{"instruction": "a", "output": "b"}\n'
         ("a.jsonl", ROW.replace(b'"a"', b'"%s"' % (b"a" * 600)), "that begins within 500 tokens"),
         ("a.jsonl", "é".encode("latin-1"), "a.jsonl is not UTF-8 at byte 0, expected UTF-8: conve"),
         ("a.txt", b"abc\xff", "a.txt is not UTF-8 at byte 3"),
+        ("a.txt", b"\xef\xbb\xbfabc\xff", "a.txt is not UTF-8 at byte 6"),
         ("a.txt", "abc".encode("utf-16"), "a.txt has a NUL at byte 3"),
         ("a.txt", b" \n", "a.txt is empty, expected training data"),
         ("a.json", b"", "a.json is empty"),
@@ -547,7 +556,7 @@ def test_llama_1_has_no_chats(tokenizers, write):
     [
         ("p.txt", b"abc", "p.txt is a plain text, expected JSON or JSONL rows with prompt, chosen"),
         ("p.jsonl", ROW, "p.jsonl holds Alpaca rows, expected JSON or JSONL rows with prompt"),
-        ("p.jsonl", b'{"prompt": "", "chosen": ""}', "line 1: the row has no 'rejected'"),
+        ("p.jsonl", b'{"prompt": "", "chosen": ""}', "line 1: missing key 'rejected'"),
         (
             "p.jsonl",
             b'{"prompt": "a", "chosen": "", "rejected": []}',

@@ -21,6 +21,7 @@ import bisect
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ FORMATS = {  # keys that a row must have, and those it may have
 }
 FIELDS = ("tokens", "targets", "weights", "segments")
 MIN_SEQ_LEN = 2
+NO_SPACE = re.compile(r"[^ \t\r\n]")  # by JSON
 MAX_SEED = 2**32 - 1  # Grain's
 
 
@@ -133,10 +135,9 @@ def read(
     malformed (with the line), nothing to learn, or a `seq_len` that the model cannot have.
     """
     _check_seq_len(seq_len, config)
-    text = _read_text(path)
     if not _is_json(path):
-        return _read_plain(path, text, tokenizer, seq_len)
-    kind, rows = _read_rows(path, text)
+        return _read_plain(_read_text(path), tokenizer, seq_len)
+    kind, rows = _read_rows(path, _read_text(path))
     if kind == "preferences":
         raise UserError(f"{path} holds preferences; train on it with train.dpo")
     samples, truncated = [], 0
@@ -172,11 +173,10 @@ def read_preferences(
     counts pairs as rows, and the tokens of both.
     """
     _check_seq_len(seq_len, config)
-    text = _read_text(path)
     expected = "expected JSON or JSONL rows with prompt, chosen and rejected"
     if not _is_json(path):
         raise UserError(f"{path} is a plain text, {expected}")
-    kind, rows = _read_rows(path, text)
+    kind, rows = _read_rows(path, _read_text(path))
     if kind != "preferences":
         raise UserError(f"{path} holds {kind} rows, {expected}")
     pairs, truncated = [], 0
@@ -210,7 +210,7 @@ def split(samples: Sequence[Item], fraction: float) -> tuple[list[Item], list[It
 
     Raises `UserError` where one part would be empty.
     """
-    held = int(np.ceil(len(samples) * fraction))
+    held = math.ceil(len(samples) * fraction) if 0 < fraction < 1 else 0
     if not 0 < held < len(samples):
         raise UserError(
             f"a validation share of {fraction:g} of {len(samples)} samples leaves {held} to validate"
@@ -258,7 +258,7 @@ def _read_text(path: epath.PathLike) -> str:
     if (nul := data.find(b"\0")) >= 0:  # UTF-16 may be UTF-8 but for these
         raise UserError(f"{path} has a NUL at byte {nul}, {expected}")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 at byte {error.start}, {expected}") from None
     if not text.strip():
@@ -266,12 +266,9 @@ def _read_text(path: epath.PathLike) -> str:
     return text
 
 
-def _read_plain(
-    path: Any, text: str, tokenizer: Tokenizer, seq_len: int
-) -> tuple[list[Sample], Counts]:
+def _read_plain(text: str, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Sample], Counts]:
     """Windows that share one token, so that each token of the text is predicted once."""
-    with _at(path, None):
-        ids = np.array(tokenizer.encode(text, bos=True), np.int32)
+    ids = np.array(tokenizer.encode(text, bos=True), np.int32)
     samples = []
     for begin in range(0, len(ids) - 1, seq_len):
         window = ids[begin : begin + seq_len + 1]
@@ -283,13 +280,12 @@ def _read_plain(
 
 
 @contextlib.contextmanager
-def _at(path: Any, line: int | None) -> Iterator[None]:
-    """Puts the place in a file before what a `UserError` says."""
+def _at(path: Any, line: int) -> Iterator[None]:
+    """Puts the line of a file before what a `UserError` says."""
     try:
         yield
     except UserError as error:
-        place = f"{path} line {line}" if line else path
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{path} line {line}: {error}") from None
 
 
 def _read_rows(path: Any, text: str) -> tuple[str, list[tuple[int, dict[str, Any]]]]:
@@ -325,8 +321,8 @@ def _array(path: Any, text: str) -> Iterator[tuple[int, Any]]:
     decoder = json.JSONDecoder()
 
     def after_space(at: int) -> int:
-        match = re.compile(r"[ \t\r\n]*").match(text, at)
-        return match.end() if match else at
+        match = NO_SPACE.search(text, at)
+        return match.start() if match else len(text)
 
     line, counted, separator = 1, 0, ","
     at = after_space(after_space(0) + 1)
@@ -351,11 +347,10 @@ def _array(path: Any, text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _not_json(path: Any, line: int, error: object) -> UserError:
-    fault = (
-        f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-    )
+    if isinstance(error, json.JSONDecodeError):
+        error = f"{error.msg} at column {error.colno}"
     return UserError(
-        f"{path} line {line} is not JSON ({fault}), expected an object a line, or an array of them"
+        f"{path} line {line} is not JSON ({error}), expected an object a line, or an array of them"
     )
 
 
@@ -375,7 +370,7 @@ def _check_keys(row: dict[str, Any], required: Sequence[str], optional: Sequence
     missing = [key for key in required if key not in row]
     unknown = [key for key in row if key not in (*required, *optional)]
     if missing:
-        raise UserError(f"the row has no {_names(missing)}; its keys are {_names(row)}")
+        raise UserError(f"missing key {_names(missing)}, the keys are {_names(row)}")
     if unknown:
         known = _names((*required, *optional))
         raise UserError(f"unknown key {_names(unknown)}, expected {known}; remove it")
