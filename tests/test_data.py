@@ -369,10 +369,11 @@ def test_the_last_window_is_filled_with_rows_that_do_not_count():
         assert last[name].reshape(6, 4)[:5].all()
 
 
-def test_without_epochs_it_never_ends():
-    forever = batches(numbered(3), 2, seed=0)
-    windows = [next(forever) for _ in range(30)]
-    assert np.bincount(seen(windows)).tolist() == [20, 20, 20]
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_without_epochs_it_never_ends(batch_size):
+    forever = batches(numbered(3), batch_size, seed=data.MAX_SEED)
+    windows = [next(forever) for _ in range(15)]
+    assert np.bincount(seen(windows)).tolist() == [5 * batch_size] * 3
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -52,6 +52,7 @@ FIELDS = ("tokens", "targets", "weights", "segments")
 MIN_SEQ_LEN = 2
 NO_SPACE = re.compile(r"[^ \t\r\n]")  # by JSON
 MAX_SEED = 2**32 - 1  # Grain's
+FOREVER = 2**31  # epochs: without a number, Grain's own length overflows in batches of one
 
 
 @dataclass(frozen=True, eq=False)
@@ -579,7 +580,11 @@ def batches(
         chosen[: len(examples)] = examples
         return _take(rows, chosen.reshape(micro, parts, -1)[:, part])
 
-    data = grain.MapDataset.range(len(rows)).shuffle(seed).repeat(epochs)
+    data = (
+        grain.MapDataset.range(len(rows))
+        .shuffle(seed)
+        .repeat(FOREVER if epochs is None else epochs)
+    )
     data = data.batch(micro * batch_size, batch_fn=window)
     # Rows are in memory: threads would only get in each other's way.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
