@@ -110,7 +110,7 @@ def make_step(
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         metrics = {"loss": total / jnp.maximum(weight, 1), "tokens": weight, "grad_norm": norm}
         new = State(state.step + 1, trained, optimizer_state, None)
         if state.loss_scale is None:
