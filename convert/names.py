@@ -79,6 +79,22 @@ def weights(config: LlamaConfig) -> Iterator[Weight]:
         yield HEAD
 
 
+def adapted(config: LlamaConfig) -> Iterator[tuple[str, str]]:
+    """Every kernel that may have an adapter: the path of what holds it, and Hugging Face's name.
+
+    ("layers_0/attention/q", "model.layers.0.self_attn.q_proj"), and so on.
+    """
+    for weight in weights(config):
+        holder, _, leaf = weight.path.rpartition("/")
+        if leaf == "kernel" and weight.path != HEAD.path:
+            yield holder, weight.hf.removesuffix(".weight")
+
+
+def peft_name(module: str, matrix: str) -> str:
+    """What PEFT calls "A" or "B" of the adapter of Hugging Face's `module`."""
+    return f"base_model.model.{module}.lora_{matrix}.weight"
+
+
 def is_derived(name: str) -> bool:
     """Whether an old file's tensor holds the RoPE frequencies, which the config gives as well."""
     return name.endswith(("rope.freqs", "rotary_emb.inv_freq"))

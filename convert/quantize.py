@@ -18,6 +18,7 @@ from etils import epath
 
 from convert.progress import progress, say, summary
 from convert.source import model_leaves, provenance
+from llama_jax.adapter import fingerprint
 from llama_jax.checkpoint import (
     LazyArray,
     load_config,
@@ -63,9 +64,10 @@ def main(arguments: list[str]) -> None:
             config,
             params,
             tokenizer=tokenizer,
-            provenance=provenance(PROG, dtype) | _origin(args.checkpoint),
+            provenance=provenance(PROG, dtype) | origin(args.checkpoint),
             progress=advance,
             quantization=quantization,
+            base=fingerprint(args.checkpoint),
         )
     seconds = time.monotonic() - started
     what = f"{args.quantize} of {dtype}"
@@ -105,8 +107,8 @@ def _item(arrays: Any, path: str, index: int) -> np.ndarray:
     return arrays(path)[index]
 
 
-def _origin(directory: str) -> dict[str, Any]:
-    """What the model directory says of where it came from."""
+def origin(directory: str) -> dict[str, Any]:
+    """What the model directory says of where it came from, as a further entry of a provenance."""
     file = epath.Path(directory) / "provenance.json"
     try:
         return {"made_of": json.loads(file.read_bytes().decode("utf-8"))}

@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--quantize", choices=("none", *KINDS), default="none", help="weights, while loading (none)"
     )
-    parser.add_shared("--quantize-embeddings", "--kv-cache", "--dtype", "--mesh")
+    parser.add_shared("--quantize-embeddings", "--kv-cache", "--dtype", "--lora", "--mesh")
     args = parser.parse_args(arguments)
     for name, valid, expected in (
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
@@ -301,9 +301,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quantize != "none":
         quantization = Quantization(args.quantize, embeddings=args.quantize_embeddings)
     model = llama_jax.load(
-        args.checkpoint, dtype=default_dtype(args.dtype), quantize=quantization, mesh=args.mesh
+        args.checkpoint,
+        dtype=default_dtype(args.dtype),
+        quantize=quantization,
+        mesh=args.mesh,
+        lora=args.lora,
     )
-    loaded = f"loaded {args.checkpoint} in {time.perf_counter() - began:.2f} s"
+    what = args.checkpoint if args.lora is None else f"{args.checkpoint} with {args.lora}"
+    loaded = f"loaded {what} in {time.perf_counter() - began:.2f} s"
     if not texts:
         report(loaded)
         return converse(model, args)

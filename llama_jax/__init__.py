@@ -1,6 +1,6 @@
 """Llama 1 to 3.3 as pure functions in JAX.
 
-model = llama_jax.load("out/llama")  # quantize="int8", mesh="data=2,tensor=4"
+model = llama_jax.load("out/llama")  # quantize="int8", mesh="tensor=4", lora="out/adapter"
 logits, cache = llama_jax.forward(model.config, model.params, tokens)
 """
 

@@ -6,7 +6,8 @@ and `params/`, an Orbax PyTree checkpoint that stock Orbax restores. Kernels kee
 compress, and an uncompressed chunk goes from the source to the file without another copy.
 
 The arrays inside of quantized leaves are stored like any other (`layers_0.mlp.up.kernel.values`),
-those of 4 bits two to a byte, the first in the low bits. `quantization.json` says how to read them.
+those of 4 bits two to a byte, the first in the low bits. `quantization.json` says how to read them,
+and has the fingerprint (`llama_jax.adapter`) of the model that they were made of.
 
 Paths may be local or `gs://`. Conversion and the model itself are not known here.
 """
@@ -35,6 +36,7 @@ from jax.sharding import Mesh
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
+from llama_jax.lora import attach
 from llama_jax.quant import Int4, Int8, Quantization, Quantized, whole_bytes
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,6 +44,7 @@ Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
 
 _STAGING = re.compile(r"\..+\.partial-[0-9a-f]{8}")  # of `new_directory`
 QUANTIZATION = "quantization.json"
+_AGAIN = "make it again, or copy it again from where it is whole"
 NIBBLES = (np.dtype(jnp.int4), np.dtype(jnp.uint4))
 REMOTE_CHUNK_BYTES = 64 << 20  # an object store is fastest with many requests at once
 
@@ -108,7 +111,7 @@ def new_directory(path: str | os.PathLike, needed: int = 0) -> Iterator[epath.Pa
     Raises `UserError` where `path` exists, at the start and at the end, and where the disk has
     no room for `needed` bytes or fills up.
     """
-    path = _absolute(path)
+    path = absolute(path)
     _refuse_existing(path)
     _refuse_small_disk(path, needed)
     with _full_disk_is_user_error(path, needed):
@@ -136,7 +139,7 @@ def refuse_unfinished(path: str | os.PathLike) -> None:
 
     Even one that looks complete: only the renaming says that it is.
     """
-    if _STAGING.fullmatch(_absolute(path).name):
+    if _STAGING.fullmatch(absolute(path).name):
         raise UserError(
             f"{path} is unfinished: what wrote it was interrupted, or is still at work; if it was "
             "interrupted, run it again and delete this directory"
@@ -159,6 +162,7 @@ def load(
     dtype: Any = None,
     quantize: str | Quantization | None = None,
     mesh: str | Mesh | None = None,
+    lora: str | os.PathLike | None = None,
 ) -> Model:
     """Config, parameters (see `load_params`) and tokenizer of the model directory `path`.
 
@@ -167,11 +171,14 @@ def load(
       quantize: a kind such as "int8", or all of a `Quantization`, where the stored parameters are
         not quantized already.
       mesh: the devices to split the parameters over, such as "data=2,tensor=4" (the first one).
+      lora: an adapter directory; its adapters stand beside their kernels, in their own dtype.
 
     Raises `UserError` if any part is missing, damaged, does not fit the others or the memory.
     """
+    from llama_jax import adapter  # which is made of this module
+
     config = load_config(path)
-    tokenizer = load_tokenizer(_absolute(path))
+    tokenizer = load_tokenizer(absolute(path))
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
@@ -180,7 +187,12 @@ def load(
     stored, _ = load_quantization(path)
     if isinstance(quantize, str):
         quantize = Quantization(quantize)
+    opened = None  # before the model is read, because a mistake should be told at once
+    if lora is not None:
+        opened = adapter.open_adapter(lora, abstract(config), adapter.fingerprint(path))
     params = load_params(path, dtype=dtype, quantize=quantize, mesh=mesh)
+    if opened is not None:
+        params = attach(params, adapter.read(opened, sharding.mesh_of(params)))
     return Model(config, params, tokenizer, quantize or stored)
 
 
@@ -193,6 +205,7 @@ def save_model(
     provenance: dict[str, Any],
     progress: Callable[[str, int], None] | None = None,
     quantization: Quantization | None = None,
+    base: str | None = None,
 ) -> None:
     """Writes a model directory; leaves nothing behind if it fails.
 
@@ -202,6 +215,7 @@ def save_model(
       provenance: what `provenance.json` says of where the model comes from.
       progress: called with the name and the bytes of each tensor that is written.
       quantization: how the quantized leaves of `params` were made.
+      base: the fingerprint of the model that they were made of.
 
     Raises `UserError` if `path` exists or the disk is too small.
     """
@@ -212,7 +226,8 @@ def save_model(
             tokenizer.copy(staging / f"tokenizer{tokenizer.suffix}")
         if quantization is not None:
             how = quantization.to_dict() | {"dtype": str(_stands_for(params))}
-            (staging / QUANTIZATION).write_text(json.dumps(how, indent=2) + "\n")
+            told = how if base is None else how | {"base": base}
+            (staging / QUANTIZATION).write_text(json.dumps(told, indent=2) + "\n")
             provenance = provenance | {"quantization": how}
         (staging / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         (staging / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
@@ -220,7 +235,7 @@ def save_model(
 
 def load_config(path: str | os.PathLike) -> LlamaConfig:
     """The config of the model directory `path`; `UserError` says what is wrong with it."""
-    path = _absolute(path)
+    path = absolute(path)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{path} {what}, expected a model directory")
@@ -246,15 +261,29 @@ def load_quantization(path: str | os.PathLike) -> tuple[Quantization | None, np.
 
     None and float32 where they are not. Raises `UserError` for what this version cannot read.
     """
-    file = _absolute(path) / QUANTIZATION
+    quantization, dtype, _ = _read_quantization(path)
+    return quantization, dtype
+
+
+def quantized_base(path: str | os.PathLike) -> str | None:
+    """The fingerprint of the model that the model directory `path` was quantized from, if told."""
+    return _read_quantization(path)[2]
+
+
+def _read_quantization(
+    path: str | os.PathLike,
+) -> tuple[Quantization | None, np.dtype, str | None]:
+    file = absolute(path) / QUANTIZATION
     if not file.exists():
-        return None, np.dtype(np.float32)
+        return None, np.dtype(np.float32), None
     if file.is_dir():
         raise UserError(f"{file} is a directory, expected a file; quantize the model again")
     try:
         fields = json.loads(file.read_bytes().decode("utf-8"))
-        dtype = np.dtype(fields.pop("dtype"))
-        return Quantization(**fields), dtype
+        dtype, base = np.dtype(fields.pop("dtype")), fields.pop("base", None)
+        if not isinstance(base, str | None):
+            raise TypeError(f"base is {base!r}")
+        return Quantization(**fields), dtype, base
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -278,7 +307,7 @@ def abstract_params(
 
     Raises `UserError` naming a tensor that is missing, unknown or of the wrong shape.
     """
-    path = _absolute(path)
+    path = absolute(path)
     stored = open_tree(path / "params")
     source = _expected(path, load_config(path), stored, *load_quantization(path))
     return _target(source, quantize, dtype)
@@ -302,7 +331,7 @@ def load_params(
     is read until it is used. Raises `UserError` naming a tensor that is missing, unknown or of the
     wrong shape, and where the memory is too small.
     """
-    path = _absolute(path)
+    path = absolute(path)
     config = load_config(path)
     quantization, stands_for = load_quantization(path)
     if quantization and quantize:
@@ -532,29 +561,51 @@ def format_bytes(count: float) -> str:
 def check_shapes(
     path: str | os.PathLike, stored: Params, expected: dict[str, Any], told_by: str = "config.json"
 ) -> None:
-    """Raises `UserError` unless `stored` has exactly the names and shapes of `expected`."""
+    """Raises `UserError` unless `stored` has exactly the names and shapes of `expected`.
+
+    `path` is what holds them, and `told_by` its file that tells them.
+    """
     stored = {name: tuple(leaf.shape) for name, leaf in _flat(stored).items()}
     expected = _flat(expected)
     for name in expected:
         if name not in stored:
-            raise UserError(f"{path}: {name} is missing; convert the model again")
+            raise UserError(f"{path}: {name} is missing, but {told_by} tells of it; {_AGAIN}")
     for name, shape in stored.items():
         if name not in expected:
-            raise UserError(f"{path}: {name} is unknown to this config; convert the model again")
+            raise UserError(f"{path}: {name} is unknown to {told_by}; {_AGAIN}")
         if shape != expected[name]:
             raise UserError(f"{path}: {name} has shape {shape}, {told_by} says {expected[name]}")
+
+
+def first_rows(directory: epath.Path) -> Iterator[tuple[str, Any, np.ndarray]]:
+    """Of each leaf of the Orbax checkpoint `directory` its name, itself unread, and its first row.
+
+    In the order of their names. A vector is one row. Where files cannot be mapped a layer is read.
+    """
+    stored = open_tree(directory)
+    mapped = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(stored))
+    for key in sorted(stored):
+        part = {key: stored[key]}
+        arrays = _flat(part if mapped else _restore(directory, part, None, None))
+        for name, leaf in sorted(_flat(part).items()):
+            yield name, leaf, np.asarray(arrays[name][:1] if leaf.ndim > 1 else arrays[name])
 
 
 def save_tree(
     directory: epath.Path, tree: Params, progress: Callable[[str, int], None] | None = None
 ) -> None:
-    """Writes a tree of arrays and `LazyArray`s as an Orbax checkpoint, one leaf at a time."""
+    """Writes a tree of arrays and `LazyArray`s as an Orbax checkpoint, one leaf at a time.
+
+    By this process alone, whatever others do.
+    """
     import orbax.checkpoint as ocp
 
     tree = _stored_form(tree)
     chunks = None if _is_local(directory) else REMOTE_CHUNK_BYTES
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks), tree)
-    with _quiet(), ocp.Checkpointer(_handler(ocp, progress)) as checkpointer:
+    alone = _alone(ocp)
+    handler = _handler(ocp, progress, alone)
+    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(directory, ocp.args.PyTreeSave(tree, save_args))
 
 
@@ -642,17 +693,22 @@ def load_tree(
 def _restore(directory: epath.Path, stored: Params, dtype: Any, shardings: Any) -> Params:
     """`load_tree` by Orbax itself, for remote directories and foreign layouts.
 
-    `stored` may be a part of what the directory holds.
+    `stored` may be a part of what the directory holds. Without shardings arrays are NumPy's.
     """
     import orbax.checkpoint as ocp
 
-    def how(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> Any:
+    def how(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding | None) -> Any:
         target = leaf.dtype if dtype is None else dtype
+        if place is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=target)
         return ocp.ArrayRestoreArgs(
             restore_type=jax.Array, sharding=place, global_shape=leaf.shape, dtype=target
         )
 
-    restore_args = jax.tree.map(how, stored, shardings)
+    if shardings is None:
+        restore_args = jax.tree.map(lambda leaf: how(leaf, None), stored)
+    else:
+        restore_args = jax.tree.map(how, stored, shardings)
     arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore=True)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with _quiet(), _damage_is_user_error(directory), checkpointer:
@@ -677,7 +733,15 @@ def _map_array(directory: epath.Path) -> np.ndarray | None:
     return np.asarray(np.memmap(file, dtype, "r", shape=shape))
 
 
-def _handler(ocp: Any, progress: Callable[[str, int], None] | None) -> Any:
+def _alone(ocp: Any) -> Any:
+    """That Orbax is not to wait for other processes."""
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"of{process}"
+    )
+
+
+def _handler(ocp: Any, progress: Callable[[str, int], None] | None, alone: Any) -> Any:
     """Orbax's handler of trees, with `LazyArray` as a further type of leaf."""
     import tensorstore as ts
 
@@ -703,7 +767,10 @@ def _handler(ocp: Any, progress: Callable[[str, int], None] | None) -> Any:
         (LazyArray, lazy), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_compression=False, type_handler_registry=registry
+        use_ocdbt=False,
+        use_compression=False,
+        type_handler_registry=registry,
+        multiprocessing_options=alone,
     )
 
 
@@ -762,7 +829,8 @@ def _abstract(tree: Params) -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _absolute(path: str | os.PathLike) -> epath.Path:
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """A local path as an absolute one, which Orbax insists on; a remote path as it is."""
     path = epath.Path(path)
     return epath.Path(os.path.abspath(path)) if _is_local(path) else path
 
@@ -813,9 +881,7 @@ def _damage_is_user_error(directory: epath.Path) -> Iterator[None]:
         if not isinstance(error, known) and type(error) is not Exception:  # Orbax raises that
             raise
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UserError(
-            f"{directory} is damaged or incomplete ({reason}); convert the model again"
-        ) from None
+        raise UserError(f"{directory} is damaged or incomplete ({reason}); {_AGAIN}") from None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # that mean the same in several commands
         "choices": ("float32", "bfloat16", "float16"),
         "help": "(as stored; float32 on CPU)",
     },
+    "--lora": {"metavar": "DIR", "help": "adapter directory to use with the model (none)"},
     "--mesh": {"metavar": "SIZES", "help": "devices to split over, data=2,tensor=4 (one)"},
 }
 USERS_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)

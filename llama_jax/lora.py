@@ -6,6 +6,7 @@ beside "kernel": the model applies it where it is there, whatever the kernel is,
 Dropping the leaves gives back the base, `merge` a tree of kernels alone.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,7 +65,7 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise UserError(f"the rank of an adapter is {self.rank}, expected at least 1")
-        if not self.alpha > 0:
+        if not 0 < self.alpha < math.inf:
             raise UserError(f"alpha of an adapter is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"the dropout of an adapter is {self.dropout}, expected 0 to below 1")
@@ -78,7 +79,8 @@ class LoraConfig:
     @classmethod
     def of(cls, targets: str, **options: Any) -> "LoraConfig":
         """With `targets` as a user writes them: "q,v" or "all"."""
-        return cls(targets=TARGETS if targets == "all" else tuple(targets.split(",")), **options)
+        named = tuple(target.strip() for target in targets.split(","))
+        return cls(targets=TARGETS if named == ("all",) else named, **options)
 
     @property
     def scale(self) -> float:
@@ -128,9 +130,7 @@ def is_adapter(path: tuple) -> bool:
     return any(isinstance(key, jax.tree_util.DictKey) and key.key == NAME for key in path)
 
 
-def split(
-    params: Params, chosen: Callable[[tuple], bool] = is_adapter
-) -> tuple[Params, Params]:
+def split(params: Params, chosen: Callable[[tuple], bool] = is_adapter) -> tuple[Params, Params]:
     """The chosen leaves and the others, each tree with None in place of the rest."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     ours = [leaf if chosen(path) else None for path, leaf in leaves]
@@ -148,9 +148,26 @@ def join(chosen: Params, others: Params) -> Params:
     )
 
 
+def adapters(params: Params) -> Params:
+    """The `Lora` leaves of a tree, or of what `split` chose of it, and the dicts that hold them."""
+    if not isinstance(params, dict):
+        return {}
+    children = {name: adapters(child) for name, child in params.items() if name != NAME}
+    tree = {name: child for name, child in children.items() if child}
+    return tree | {NAME: params[NAME]} if NAME in params else tree
+
+
+def attach(params: Params, adapters: Params) -> Params:
+    """`params` with `adapters` in place of its own, wherever there is one."""
+    tree = dict(params)
+    for name, node in adapters.items():
+        tree[name] = node if name == NAME else attach(params[name], node)
+    return tree
+
+
 def drop(params: Params) -> Params:
     """The base: `params` without adapters."""
-    return _map_adapted(params, lambda node: node)
+    return _map_adapted(params, lambda node, _: node)
 
 
 def merge(params: Params) -> Params:
@@ -172,7 +189,8 @@ def merge(params: Params) -> Params:
     return _map_adapted(params, merged)
 
 
-def _map_adapted(tree: Params, change: Callable[..., Params]) -> Params:
+def _map_adapted(tree: Params, change: Callable[[Params, Lora], Params]) -> Params:
+    """`tree` without adapters, each dict that had one being `change(dict, adapter)`."""
     if not isinstance(tree, dict):
         return tree
     node = {name: _map_adapted(child, change) for name, child in tree.items() if name != NAME}
