@@ -21,7 +21,7 @@ $(READY): pyproject.toml
 
 # What tests need: the TPU and CUDA compilers too.
 $(DEVELOP): $(READY)
-	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,plan,plot,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,plan,plot,train,dev]'
 	touch $@
 
 # By way of Meta's format, as a released checkpoint would come. Prerequisites behind the bar must

@@ -1,0 +1,679 @@
+"""The one training loop: of adapters, of whole models, and whatever else a `Loss` describes.
+
+What a run leaves in its output directory:
+
+  adapter/ or model/   the result, written at the end
+  checkpoints/         the last states, from which `resume` goes on, by Orbax
+  best/                with validation, the parameters that were best so far; gone at the end
+  metrics.jsonl        a line for every step and every validation
+  settings.json        what `resume` compares
+
+With validation the result has the parameters with the lowest validation loss, otherwise the last
+ones. SIGTERM saves a checkpoint and ends the run with status 143, in all processes at the same
+step. A run that goes on, on one CPU or on devices whose sums have one order, computes the same
+numbers as one that was never interrupted.
+"""
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax import lora, sharding
+from llama_jax.checkpoint import format_bytes, refuse_small_memory
+from llama_jax.command import is_first_process, report
+from llama_jax.errors import UserError
+from llama_jax.model import Params
+from train.data import Rows, batches, in_order
+from train.losses import Batch, Loss
+from train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from train.progress import Sight
+from train.step import State, cast, init_state, make_step
+
+SETTINGS = "settings.json"
+TERMINATED = 128 + signal.SIGTERM  # exit status
+SMALLEST_SCALE = 1.0  # of a float16 loss: where even that overflows nothing helps
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and how.
+
+    `trained` and `frozen` are the two parts of `llama_jax.lora.split` on their devices. The arrays
+    of `trained` are gone after the first step.
+    """
+
+    loss: Loss
+    trained: Params
+    frozen: Params
+    optimizer: OptimizerConfig
+    rows: Rows
+    validation: Rows | None
+    batch: int  # examples of a micro-batch, over all devices
+    accumulate: int  # micro-batches of a step
+    steps: int
+    epochs: int | None  # how often the rows are seen; None for as long as `steps` lasts
+    dtype: Any  # to compute in
+    seed: int
+    dropout: bool  # whether the loss takes a key
+    mesh: Mesh | None
+    flops: float  # that the model needs for one token of a step, without what is computed twice
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run leaves what, and how often.
+
+    `settings` is what must be the same when it goes on, in words of the command line.
+    """
+
+    output: str
+    result: str  # name of the directory of the result
+    settings: dict[str, Any]
+    resume: bool = False
+    save_every: int = 100  # steps
+    keep: int = 2  # checkpoints
+    eval_every: int = 100
+    tensorboard: bool = False
+    plot: str | None = None
+
+    @property
+    def directory(self) -> epath.Path:
+        path = epath.Path(self.output)
+        return path if "://" in self.output else epath.Path(os.path.abspath(path))
+
+    def refuse(self) -> None:
+        """Raises `UserError` where `output` is not free, or not of the run that is to go on."""
+        there = self.directory
+        if there.exists() and not there.is_dir():
+            raise UserError(f"--output {self.output} is a file, expected a new directory")
+        if not there.exists() or not any(there.iterdir()):
+            return
+        if not self.resume:
+            raise UserError(
+                f"--output {self.output} exists already; add --resume to go on with that run, or "
+                "name a new directory"
+            )
+        try:
+            before = json.loads((there / SETTINGS).read_text())
+        except (OSError, ValueError):
+            raise UserError(
+                f"--resume: {self.output} has no readable {SETTINGS}, so it is not the output of a "
+                "run that began; name another directory"
+            ) from None
+        now = json.loads(json.dumps(self.settings))
+        differ = [
+            f"{name} was {before.get(name)}, is {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if differ:
+            raise UserError(
+                f"--resume: {self.output} was begun with other settings: {'; '.join(differ)}; give "
+                "the same, or another --output"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / self.result).exists()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows of every batch this process has."""
+
+    part: int
+    parts: int
+
+
+def fit(
+    task: Task,
+    run: Run,
+    save: Callable[[epath.Path, Params], None],
+    texts: Callable[[dict[str, np.ndarray]], list[str]],
+) -> None:
+    """Trains, and leaves in `run.output` what the module says.
+
+    Args:
+      save: writes the result directory from the parameters that learn, called in all processes.
+      texts: what the examples of a batch say, to be written down where a loss is no number.
+
+    Raises `UserError` where the disk fills up, memory is too small, or a loss is no number.
+    """
+    run.refuse()
+    if run.finished:
+        report(f"{run.directory / run.result} is there: this run is finished")
+        return
+    refuse_batch(task.batch, task.mesh)
+    part = own_part(task.batch, task.mesh)
+    program = compile_programs(task)
+    report(describe(task, program))
+    directory = run.directory
+    _begin(run)
+    with (
+        _quiet(),
+        _full_disk(directory),
+        Checkpoints(directory, run.keep) as checkpoints,
+        Sight(directory, task.steps, task.flops, program.devices, run.tensorboard) as sight,
+        terminated() as stop,
+    ):
+        state, position, best = checkpoints.restore(program.state())
+        windows = batches(
+            task.rows,
+            task.batch,
+            seed=task.seed,
+            epochs=task.epochs,
+            micro=task.accumulate,
+            part=part.part,
+            parts=part.parts,
+        )
+        if position is not None:
+            windows.set_state(position)
+        done = int(state.step)
+        rate = learning_rate(task.optimizer, task.steps)
+        ahead = program.devices[0].platform != "cpu"  # which computes before it returns
+        sight.begin(done)
+        pending: tuple[int, Any, Any] | None = None
+
+        def settle() -> None:
+            """Waits for the last step, and looks at what it gave."""
+            nonlocal pending
+            if pending is None:
+                return
+            step, metrics, before = pending
+            pending = None
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+            if not _sound(values):
+                _give_up(task, run, step, values, before, texts)
+            sight.step(step, values, np.asarray(rate(step - 1)).item())
+
+        while done < task.steps:
+            before = windows.get_state()
+            window = program.place(next(windows))
+            state, metrics = program.step(state, task.frozen, window)
+            settle()  # of the step before, while this one is computed
+            done += 1
+            pending = done, metrics, before
+            if not ahead:
+                settle()
+            last = done == task.steps
+            stopped = not last and stop(done)
+            if last or stopped or done % run.save_every == 0 or _due(task, run, done):
+                settle()
+            if task.validation is not None and (last or _due(task, run, done)):
+                with sight.pause():
+                    loss, tokens = evaluate(task, program, state.trained, part)
+                    if math.isfinite(loss) and (best is None or loss < best[0]):
+                        best = loss, done
+                        checkpoints.save_best(done, state.trained)
+                    sight.validation(done, loss, tokens)
+            if not last and (stopped or done % run.save_every == 0):
+                with sight.pause():
+                    checkpoints.save(done, state, windows.get_state(), best)
+            if stopped:
+                checkpoints.wait()
+                report(f"SIGTERM: saved step {done} of {task.steps}; go on with --resume")
+                sys.exit(TERMINATED)
+        trained, chosen = state.trained, ""
+        if best is not None and best[1] != done:
+            trained = checkpoints.restore_best(best[1], trained)
+            chosen = f", of step {best[1]} with the lowest validation loss"
+        save(directory / run.result, trained)
+        checkpoints.forget_best()
+    if is_first_process() and run.plot:
+        from train.plot import draw
+
+        draw(directory / "metrics.jsonl", run.plot)
+    report(f"wrote {directory / run.result}{chosen}")
+
+
+def _due(task: Task, run: Run, done: int) -> bool:
+    """Whether there is a validation after so many steps."""
+    return task.validation is not None and done % run.eval_every == 0
+
+
+def _begin(run: Run) -> None:
+    """Makes the output directory of all processes."""
+    directory = run.directory
+    if is_first_process():
+        with _full_disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            file = directory / f".{SETTINGS}"
+            file.write_text(json.dumps(run.settings, indent=2) + "\n")
+            file.rename(directory / SETTINGS)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("output")
+        if not (directory / SETTINGS).exists():
+            raise UserError(
+                f"--output {run.output} is not the same directory on all hosts; name one that they "
+                "share, such as gs://BUCKET/NAME"
+            )
+
+
+# Programs
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What is compiled for a task."""
+
+    step: Any  # (state, frozen, window) -> (state, metrics)
+    evaluate: Any  # (trained, frozen, batch) -> (sum of losses, sum of weights)
+    state: Callable[[], State]  # before the first step
+    mesh: Mesh | None
+    devices: list[Any]
+    temporary: int  # bytes on a device beside parameters and state
+    needed: int  # with them
+
+    def place(self, batch: dict[str, np.ndarray]) -> Batch:
+        """This process's part of a batch or window, as arrays over all devices."""
+        return {
+            name: jax.make_array_from_process_local_data(
+                batch_sharding(array.ndim, self.mesh),
+                array,
+                _global_shape(array.shape, self.mesh),
+            )
+            for name, array in batch.items()
+        }
+
+
+def compile_programs(task: Task) -> Programs:
+    """The programs of a task.
+
+    Raises `UserError` where the devices have too little memory for them.
+    """
+    first = jax.local_devices()[0]
+    optimizer = make_optimizer(task.optimizer, task.steps, lambda _: True)
+    abstract = jax.eval_shape(lambda p: init_state(p, optimizer, task.dtype), task.trained)
+    places = state_shardings(abstract, task.trained, task.mesh)
+
+    def state() -> State:
+        make = jax.jit(
+            lambda trained: init_state(trained, optimizer, task.dtype).replace(trained=None),
+            out_shardings=places.replace(trained=None),
+        )
+        return make(task.trained).replace(trained=task.trained)
+
+    plain = make_step(
+        task.loss, optimizer, dtype=task.dtype, seed=task.seed if task.dropout else None
+    )
+
+    def step(state: State, frozen: Params, window: Batch) -> Any:
+        state, metrics = plain(state, frozen, window)
+        return state, metrics | {"read": jax.numpy.sum(window["segments"] != 0)}
+
+    def evaluate(trained: Params, frozen: Params, batch: Batch) -> Any:
+        return task.loss(cast(lora.join(trained, frozen), task.dtype), batch, None)
+
+    rows = task.batch * task.rows.together, task.rows.tokens.shape[1]
+    everywhere = _everywhere(task.mesh)
+    window = _abstract_batch(task.rows, (task.accumulate, *rows), task.mesh)
+    placed = sharding.placed(abstract, places)
+    with sharding.use(task.mesh), _too_large():
+        compiled = (
+            jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
+            .lower(placed, task.frozen, window)
+            .compile()
+        )
+        evaluated = None
+        if task.validation is not None:
+            batch = _abstract_batch(task.validation, rows, task.mesh)
+            evaluated = (
+                jax.jit(evaluate, out_shardings=everywhere)
+                .lower(placed.trained, task.frozen, batch)
+                .compile()
+            )
+    memory = compiled.memory_analysis()
+    temporary = needed = 0
+    if memory is not None:
+        temporary = memory.temp_size_in_bytes
+        kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed = memory.argument_size_in_bytes + kept + temporary
+    devices = [first] if task.mesh is None else list(task.mesh.devices.flat)
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    refuse_small_memory(
+        dict.fromkeys(own, temporary),
+        f"a step of {task.accumulate} x {rows[0]} rows of {rows[1]} (--batch, --seq-len, --remat full)",
+    )
+    return Programs(compiled, evaluated, state, task.mesh, devices, temporary, needed)
+
+
+@contextlib.contextmanager
+def _too_large() -> Iterator[None]:
+    """Makes one line of what a compiler says that has no memory left."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the device has too little memory for a training step ({reason}); take a smaller "
+            "--batch or --seq-len, --remat full, or more devices with --mesh"
+        ) from None
+
+
+def describe(task: Task, programs: Programs) -> str:
+    """One line: what learns, on how much, in which memory."""
+    learns = sum(leaf.size for leaf in jax.tree.leaves(task.trained))
+    others = jax.tree.leaves(task.frozen, is_leaf=lambda x: hasattr(x, "dequantize"))
+    total = learns + sum(math.prod(leaf.shape) for leaf in others)
+    rows = task.rows
+    T = rows.tokens.shape[1]
+    accumulated = f"{task.accumulate} x " if task.accumulate > 1 else ""
+    memory = f"{format_bytes(programs.needed)} a device"
+    stats = programs.devices[0].memory_stats() if _is_own(programs.devices[0]) else None
+    if stats and "bytes_limit" in stats:
+        memory += f" of {format_bytes(stats['bytes_limit'])}"
+    return (
+        f"{learns:,} of {total:,} parameters learn; {int(np.sum(rows.segments != 0)):,} tokens in "
+        f"{len(rows):,} examples, {100 * rows.waste:.1f}% padding; {task.steps:,} steps of "
+        f"{accumulated}{task.batch} x {T}; memory {memory}"
+    )
+
+
+def _is_own(device: Any) -> bool:
+    return device.process_index == jax.process_index()
+
+
+def evaluate(task: Task, programs: Programs, trained: Params, part: Part) -> tuple[float, int]:
+    """Mean loss of the validation examples, and how many targets count."""
+    assert task.validation is not None
+    total = weight = 0.0
+    for batch in in_order(task.validation, task.batch, part=part.part, parts=part.parts):
+        sums = programs.evaluate(trained, task.frozen, programs.place(batch))
+        nats, counted = map(float, jax.device_get(sums))
+        total, weight = total + nats, weight + counted
+    return total / max(weight, 1.0), int(weight)
+
+
+# Where arrays lie
+
+
+def _everywhere(mesh: Mesh | None) -> Any:
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(ndim: int, mesh: Mesh | None) -> Any:
+    """Of arrays [..., B, T]: rows over the mesh axes that split a batch."""
+    if mesh is None:
+        return _everywhere(None)
+    axes = sharding.RULES["batch"]
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - 2), axes, None))
+
+
+def state_shardings(state: State, trained: Params, mesh: Mesh | None) -> State:
+    """Where each array of an abstract state lies: an optimizer's where its parameter does.
+
+    An array of an optimizer belongs to the parameter whose path its own ends with, if the shapes
+    agree; the others are on every device.
+    """
+    if mesh is None:
+        return jax.tree.map(lambda _: _everywhere(None), state)
+    places = jax.tree.leaves(sharding.shardings(trained, mesh))
+    paths = jax.tree_util.tree_flatten_with_path(trained)[0]
+    of = {path: (leaf.shape, place) for (path, leaf), place in zip(paths, places, strict=True)}
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        for begin in range(len(path)):
+            shape, found = of.get(path[begin:], (None, None))
+            if shape == leaf.shape and found is not None:
+                return found
+        return _everywhere(mesh)
+
+    return jax.tree.map_with_path(place, state)
+
+
+def _abstract_batch(rows: Rows, shape: tuple[int, ...], mesh: Mesh | None) -> Any:
+    place = batch_sharding(len(shape), mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, getattr(rows, name).dtype, sharding=place)
+        for name in ("tokens", "targets", "weights", "segments")
+    }
+
+
+def refuse_batch(batch: int, mesh: Mesh | None) -> None:
+    """Raises `UserError` where the rows of a batch do not divide among the devices."""
+    parts = 1 if mesh is None else sharding.batch_parts(mesh)
+    if batch % parts:
+        raise UserError(
+            f"--batch is {batch}, but the mesh splits a batch into {parts} parts (data x fsdp); "
+            f"take a multiple of {parts}"
+        )
+
+
+def own_part(batch: int, mesh: Mesh | None) -> Part:
+    """Which rows of a batch the devices of this process have.
+
+    Processes may have the same ones, where only weights are split between them.
+    """
+    if mesh is None:
+        return Part(0, 1)
+    rows: dict[int, set[int]] = {}
+    places = batch_sharding(2, mesh).devices_indices_map((batch, 1))
+    for device, (rows_of, _) in places.items():
+        rows.setdefault(device.process_index, set()).add(rows_of.start or 0)
+    parts = sorted({tuple(sorted(begins)) for begins in rows.values()})
+    return Part(parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts))
+
+
+def _global_shape(shape: tuple[int, ...], mesh: Mesh | None) -> tuple[int, ...]:
+    *front, rows, width = shape
+    parts = 1 if mesh is None else _parts(mesh)
+    return (*front, rows * parts, width)
+
+
+@functools.cache
+def _parts(mesh: Mesh) -> int:
+    return own_part(sharding.batch_parts(mesh), mesh).parts
+
+
+# Checkpoints
+
+
+class Checkpoints:
+    """The states of a run on disk, written while it goes on."""
+
+    def __init__(self, directory: epath.Path, keep: int):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+
+        def manager(name: str, keep: int | None) -> Any:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, save_interval_steps=1
+            )
+            return ocp.CheckpointManager(directory / name, options=options)
+
+        self._directory = directory
+        self._states = manager("checkpoints", keep)
+        self._best = manager("best", None)
+        self._needed = 0  # the step of the best parameters that the last state on disk knows of
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        for manager in (self._states, self._best):
+            if kind is None:
+                manager.close()
+            else:  # what went wrong is on its way already
+                with contextlib.suppress(Exception):
+                    manager.close()
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        self._best.wait_until_finished()
+        self._states.wait_until_finished()
+
+    def save(self, step: int, state: State, position: Any, best: tuple[float, int] | None) -> None:
+        """Begins to write a state. Raises what went wrong with the one before."""
+        self.wait()  # the best parameters of which this state knows are there before it is
+        for older in self._best.all_steps():
+            if older < self._needed:
+                self._best.delete(older)
+        self._needed = 0 if best is None else best[1]
+        args = self._ocp.args
+        rest = {"position": position, "best": best}
+        self._states.save(
+            step,
+            args=args.Composite(state=args.PyTreeSave(state), rest=args.JsonSave(rest)),
+            force=True,
+        )
+
+    def restore(self, state: State) -> tuple[State, Any, tuple[float, int] | None]:
+        """The last state, the position of the data, the best validation loss and its step.
+
+        `state` itself, which says where arrays lie, and None where nothing is saved.
+        """
+        step = self._states.latest_step()
+        for later in self._best.all_steps():
+            if step is None or later > step:  # they come again
+                self._best.delete(later)
+        if step is None:
+            return state, None, None
+        args, abstract = self._ocp.args, _abstract(state)
+        how = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+        found = self._states.restore(
+            step,
+            args=args.Composite(
+                state=args.PyTreeRestore(abstract, restore_args=how), rest=args.JsonRestore()
+            ),
+        )
+        best = found.rest["best"] and tuple(found.rest["best"])
+        self._needed = best[1] if best else 0
+        return found.state, found.rest["position"], best
+
+    def save_best(self, step: int, trained: Params) -> None:
+        """Begins to write the parameters that are best so far."""
+        self._best.save(step, args=self._ocp.args.PyTreeSave(trained), force=True)
+
+    def restore_best(self, step: int, trained: Params) -> Params:
+        """The parameters that `save_best` wrote, where those of `trained` lie."""
+        self._best.wait_until_finished()
+        abstract = _abstract(trained)
+        how = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self._best.restore(
+            step, args=self._ocp.args.PyTreeRestore(abstract, restore_args=how)
+        )
+
+    def forget_best(self) -> None:
+        self._best.close()
+        if is_first_process():
+            (self._directory / "best").rmtree(missing_ok=True)
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+# What goes wrong, or ends a run
+
+
+def _sound(values: dict[str, float]) -> bool:
+    """Whether a step's numbers are numbers; float16 may overflow as long as its scale can fall."""
+    if "loss_scale" in values:
+        return not values["skipped"] or values["loss_scale"] > SMALLEST_SCALE
+    return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+
+
+def _give_up(
+    task: Task,
+    run: Run,
+    step: int,
+    values: dict[str, float],
+    position: Any,
+    texts: Callable[[dict[str, np.ndarray]], list[str]],
+) -> None:
+    """Raises `UserError` that names the step, and the file with the texts of its batch."""
+    windows = batches(
+        task.rows, task.batch, seed=task.seed, epochs=task.epochs, micro=task.accumulate
+    )
+    windows.set_state(position)
+    file = run.directory / f"step-{step}.jsonl"
+    if is_first_process():
+        lines = [json.dumps(text, ensure_ascii=False) for text in texts(next(windows))]
+        file.write_text("\n".join(lines) + "\n")
+    raise UserError(
+        f"step {step}: the loss is {values['loss']:g}, the norm of the gradient "
+        f"{values['grad_norm']:g}; the texts of its batch are in {file}; look at them, or take a "
+        "smaller --learning-rate; the last checkpoint is intact"
+    )
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[int], bool]]:
+    """Yields `stop(step)`: whether SIGTERM came, the same in all processes.
+
+    It is to be called after every step. Several processes agree on a step, which may be a few
+    steps later, by the service of `jax.distributed` that catches the signal.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = False
+
+    def note(*_: Any) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda step: came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _full_disk(path: epath.Path) -> Iterator[None]:
+    """Makes one line of a disk that fills up."""
+    full = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Orbax and tensorstore wrap the reason, or say it in their text alone
+        if not any(reason in text for reason in full for text in _said(error)):
+            raise
+        raise UserError(
+            f"{path}: the disk is full; the last checkpoint is intact, make room and go on with "
+            "--resume"
+        ) from None
+
+
+def _said(error: BaseException | None) -> Iterator[str]:
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's notes, and its tracebacks of errors that we report, from the terminal."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,166 @@
+"""python -m train.lora: adapters for a model, whose own weights stay as they are.
+
+The base may be quantized while it is loaded (`--quantize nf4`: QLoRA, arXiv 2305.14314). Adapters
+and optimizer are float32, whatever is computed in.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax import lora, sharding
+from llama_jax.adapter import fingerprint, save_adapter
+from llama_jax.checkpoint import load_config, load_params
+from llama_jax.command import ArgumentParser, join_processes, keep_compilations, run
+from llama_jax.lora import LoraConfig
+from llama_jax.model import Params
+from llama_jax.quant import GROUPED, KINDS, Quantization
+from llama_jax.tokenizer import load_tokenizer
+from train import flags
+from train.data import pack, read
+from train.loop import Task, fit
+from train.losses import next_token
+from train.stacked import stack_layers
+
+PROG = "train.lora"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 and one line on a mistake."""
+    parser = ArgumentParser(prog=PROG, description="Train adapters (LoRA) for a model.")
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", required=True, help="model directory, the base")
+    add("--targets", default="q,v", metavar="NAMES", help="of q,k,v,o,gate,up,down, or all (q,v)")
+    add("--rank", type=int, default=16, metavar="N", help="of the adapters (16)")
+    add("--alpha", type=float, metavar="A", help="scale times rank (twice the rank)")
+    add("--rslora", action="store_true", help="scale is alpha / sqrt(rank), for high ranks")
+    add("--quantize", choices=("none", *KINDS), default="none", help="the base (as stored)")
+    parser.add_shared("--group-size", "--double-quantization")
+    add("--chat", action="store_true", help="write Alpaca rows as chats of the model's format")
+    add("--train-on-prompts", action="store_true", help="learn questions as well as answers")
+    flags.add_shared(
+        parser,
+        learning_rate="0.0002",
+        weight_decay="0",
+        formats="Alpaca or chat rows (.json, .jsonl), or plain text (.txt)",
+    )
+    args = parser.parse_args(arguments)
+    flags.check_shared(parser, args)
+    for flag, given, kinds in (
+        ("--group-size", args.group_size, GROUPED),
+        ("--double-quantization", args.double_quantization, ("nf4",)),
+    ):
+        if given and args.quantize not in kinds:
+            parser.error(f"{flag} is for --quantize {' or '.join(kinds)}")
+    return args
+
+
+def lora_config(args: argparse.Namespace) -> LoraConfig:
+    """Raises `UserError` for what makes no adapter."""
+    return LoraConfig.of(
+        args.targets,
+        rank=args.rank,
+        alpha=2.0 * args.rank if args.alpha is None else args.alpha,
+        dropout=args.dropout,
+        rslora=args.rslora,
+    )
+
+
+def quantization(args: argparse.Namespace) -> Quantization | None:
+    if args.quantize == "none":
+        return None
+    return Quantization(
+        args.quantize,
+        group_size=args.group_size,
+        double_quantization=args.double_quantization,
+    )
+
+
+def new_adapters(
+    base: Params, config: LoraConfig, seed: int, mesh: Mesh | None
+) -> tuple[Params, Params]:
+    """(adapters, base) as the two parts of one tree; the arrays of the base stay where they are.
+
+    Adapters lie as their kernels do, and are the same on any mesh.
+    """
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+
+    def make() -> Params:
+        return lora.adapters(lora.add(abstract, config, jax.random.key(seed)))
+
+    place: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if mesh is not None:
+        place = sharding.shardings(jax.eval_shape(make), mesh)
+    return lora.split(lora.attach(base, jax.jit(make, out_shardings=place)()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; raises `UserError` for what the user can mend."""
+    args = parse(arguments)
+    adapters = lora_config(args)
+    quantize = quantization(args)
+    flags.refuse_taken(args)
+    keep_compilations()
+    join_processes()
+    config = load_config(args.checkpoint)
+    tokenizer = load_tokenizer(args.checkpoint)
+    mesh = flags.make_mesh(args.mesh, config)
+    rows, validation = flags.read_all(
+        args,
+        lambda path: read(
+            path,
+            tokenizer,
+            config,
+            seq_len=args.seq_len,
+            chat=args.chat,
+            train_on_prompts=args.train_on_prompts,
+        ),
+        lambda samples: pack(samples, args.seq_len, packing=not args.no_packing),
+    )
+    steps, epochs = flags.count_steps(args, rows)
+    mark = fingerprint(args.checkpoint)
+    settings = flags.make_run(args, "adapter", rows, validation, steps, mark)
+    settings.refuse()
+    dtype = flags.compute_dtype(args.dtype)
+    base = load_params(args.checkpoint, dtype=dtype, quantize=quantize, mesh=mesh)
+    trained, frozen = new_adapters(base, adapters, args.seed, mesh)
+    del base
+    if args.scan:
+        trained, frozen = stack_layers(trained, mesh), stack_layers(frozen, mesh)
+
+    def save(path: Any, trained: Params) -> None:
+        save_adapter(path, trained, adapters, mark, {"settings": settings.settings})
+
+    fit(
+        Task(
+            loss=next_token(config, remat=args.remat),
+            trained=trained,
+            frozen=frozen,
+            optimizer=flags.optimizer_config(
+                args, steps, learning_rate=2e-4, weight_decay=0.0, b2=0.999
+            ),
+            rows=rows,
+            validation=validation,
+            batch=args.batch,
+            accumulate=args.accumulate,
+            steps=steps,
+            epochs=epochs,
+            dtype=dtype,
+            seed=args.seed,
+            dropout=args.dropout > 0,
+            mesh=mesh,
+            flops=flags.flops_per_token(
+                config, args.seq_len, sum(x.size for x in jax.tree.leaves(trained))
+            ),
+        ),
+        settings,
+        save,
+        flags.texts(tokenizer),
+    )
+
+
+if __name__ == "__main__":
+    run(main, PROG)
