@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from llama_jax.errors import UserError
+from llama_jax.sharding import named, spec
 
 Params = Any  # nested dicts of arrays and quantized leaves
 
@@ -45,7 +47,10 @@ NF4_LEVELS = (
 
 
 class Quantized(struct.PyTreeNode):
-    """What all kinds share. Their arrays have the leading axes of the array they stand for."""
+    """What all kinds share. Their arrays have the leading axes of the array they stand for.
+
+    Or a divisor of them: an element stands for as many neighbours.
+    """
 
     @classmethod
     def quantize(cls, array: jax.Array) -> Self:
@@ -69,10 +74,6 @@ class Quantized(struct.PyTreeNode):
             "...o,oi->...i", y, self.dequantize(y.dtype), preferred_element_type=jnp.float32
         )
         return product.astype(dtype)
-
-    def rows(self, index: jax.Array) -> jax.Array:
-        """Rows of the table, dequantized: [*index.shape, D]."""
-        raise NotImplementedError
 
 
 class Int8(Quantized):
@@ -108,10 +109,6 @@ class Int8(Quantized):
             "...o,oi->...i", scaled, self.values.astype(y.dtype), preferred_element_type=jnp.float32
         )
         return product.astype(dtype)
-
-    def rows(self, index: jax.Array) -> jax.Array:
-        rows = self.values[index].astype(jnp.float32) * self.scale[index][..., None]
-        return rows.astype(self.dtype)
 
 
 class W8A8(Int8):
@@ -174,16 +171,14 @@ class Int4(Quantized):
         """What stored values stand for, before they are scaled."""
         return values.astype(dtype)
 
-    def scales(self, index: Any = slice(None)) -> jax.Array:
-        """float32 scales of all rows or of some."""
-        return self.scale[index].astype(jnp.float32)
+    def scales(self) -> jax.Array:
+        """As float32."""
+        return self.scale.astype(jnp.float32)
 
     def dequantize(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        return self._scaled(self.values, self.scales()).astype(dtype)
-
-    def _scaled(self, values: jax.Array, scales: jax.Array) -> jax.Array:
-        groups = self.levels(values, jnp.float32).reshape(*scales.shape, -1)
-        return (groups * scales[..., None]).reshape(values.shape)
+        scales = self.scales()
+        groups = self.levels(self.values, jnp.float32).reshape(*scales.shape, -1)
+        return (groups * scales[..., None]).reshape(self.shape).astype(dtype)
 
     def dot(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """See the base class.
@@ -234,9 +229,6 @@ class Int4(Quantized):
         y = jnp.einsum("bgo,og->bo", sums, self.scales())
         return y[: math.prod(x.shape[:-1])].reshape(*x.shape[:-1], -1)
 
-    def rows(self, index: jax.Array) -> jax.Array:
-        return self._scaled(self.values[index], self.scales(index)).astype(self.dtype)
-
 
 class Scales(struct.PyTreeNode):
     """Scales [out, n] as int8, by blocks of at most 256 rows of a column, less their mean.
@@ -263,16 +255,11 @@ class Scales(struct.PyTreeNode):
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def rows(self, index: jax.Array) -> jax.Array:
-        """Rows [*index.shape, n], float32."""
-        block = index // (len(self.values) // len(self.step))
-        return self.values[index].astype(jnp.float32) * self.step[block] + self.mean[block]
-
     def dequantize(self) -> jax.Array:
         """float32 [out, n]"""
-        out, n = self.shape
-        blocks = self.values.reshape(len(self.step), -1, n).astype(jnp.float32)
-        return (blocks * self.step[:, None] + self.mean[:, None]).reshape(out, n)
+        block = len(self.values) // len(self.step)
+        step, mean = (jnp.repeat(x, block, axis=0) for x in (self.step, self.mean))
+        return self.values.astype(jnp.float32) * step + mean
 
 
 class NF4(Int4):
@@ -311,11 +298,8 @@ class NF4(Int4):
             ]
         return levels[0]
 
-    def scales(self, index: Any = slice(None)) -> jax.Array:
-        if isinstance(self.scale, Scales):
-            is_all = isinstance(index, slice)
-            return self.scale.dequantize() if is_all else self.scale.rows(index)
-        return self.scale[index]
+    def scales(self) -> jax.Array:
+        return self.scale.dequantize() if isinstance(self.scale, Scales) else self.scale
 
 
 KINDS: dict[str, type[Quantized]] = {
@@ -454,8 +438,35 @@ def whole_bytes(params: Params) -> Params:
 
 
 def rows(table: jax.Array | Quantized, index: jax.Array) -> jax.Array:
-    """Rows [*index.shape, D] of a `table` [V, D]."""
-    return table.rows(index) if isinstance(table, Quantized) else table[index]
+    """Rows [*index.shape, D] of a `table` [V, D], in its dtype.
+
+    Where the vocabulary is split, each device looks up the tokens that it has, and has 0 of others
+    in the sum. Left to itself XLA for GPUs gathers a whole table that is the head as well.
+    """
+    V = table.shape[0]
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or named((V,), ("vocab",), mesh).is_fully_replicated:
+        return _whole(jax.tree.map(lambda x: x[index // (V // len(x))], table))
+    specs = jax.tree.map(lambda x: spec(x.shape[:1], ("vocab",), mesh), table)
+    (axes,) = spec((V,), ("vocab",), mesh)
+
+    def look_up(part: jax.Array | Quantized, index: jax.Array) -> jax.Array:
+        def rows_of(x: jax.Array, whole: jax.Array, split: PartitionSpec) -> jax.Array:
+            begin = jax.lax.axis_index(split[0]) * len(x) if split[0] else 0
+            return x.at[index // (V // len(whole)) - begin].get(mode="clip")
+
+        found = _whole(jax.tree.map(rows_of, part, table, specs))
+        has = index // part.shape[0] == jax.lax.axis_index(axes)
+        return jax.lax.psum(jnp.where(has[..., None], found, 0), axes)
+
+    tokens = spec(index.shape[:1], ("batch",), mesh)
+    return jax.shard_map(look_up, in_specs=(specs, tokens), out_specs=tokens)(table, index)
+
+
+def _whole(x: jax.Array | Quantized) -> jax.Array:
+    """The array that `x` stands for, in its dtype."""
+    leaf: Any = x
+    return leaf.dequantize(leaf.dtype) if isinstance(x, Quantized) else x
 
 
 def _dot_converted(x: jax.Array, values: jax.Array) -> jax.Array:

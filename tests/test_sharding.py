@@ -28,7 +28,7 @@ from infer.generate import (
     make_request,
     request_shapes,
 )
-from llama_jax import sharding
+from llama_jax import quant, sharding
 from llama_jax.checkpoint import abstract, save_model
 from llama_jax.command import run
 from llama_jax.errors import UserError
@@ -213,6 +213,62 @@ def test_a_layer_sums_twice_and_moves_no_weight_and_no_cache(load, mesh):
     assert vectors < min(cache, *(4 * math.prod(shape) for shape in SHARDS[mesh].values()))
     for text in (text_2, text_4):
         assert max(transfers(text)) <= vectors
+
+
+# Of the scales of the last, 19 blocks of 16 rows, a part of the table holds four and three quarters.
+TABLES = {
+    "float32": None,
+    "int8": Quantization("int8"),
+    "int4": Quantization("int4", group_size=8),
+    "nf4": Quantization("nf4", group_size=8, double_quantization=True),
+}
+
+
+@pytest.fixture(scope="module")
+def split_table():
+    """`split_table(mesh, kind)`: a table as it lies on one device and on a mesh."""
+
+    def split_table(mesh, kind):
+        quantization = TABLES[kind]
+        values = np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
+        table = jnp.asarray(values) if quantization is None else quantization.quantize(values)
+        table = quant.whole_bytes(table)
+        places = sharding.shardings({"embed": {"embedding": table}}, mesh)
+        return table, jax.device_put(table, places["embed"]["embedding"])
+
+    return split_table
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("sizes", MESHES)
+def test_rows_of_a_split_table_cost_one_sum(split_table, sizes, kind):
+    """Of what is looked up: nothing of the table moves. Tokens of all parts, the first and last."""
+    mesh = sharding.make_mesh(sizes, CONFIG)
+    table, split = split_table(mesh, kind)
+    tokens_BT = np.array([[0, V - 1, 37], [38, 75, 76], [151, 152, 5], [227, 228, 5]], np.int32)
+    expected = quant.rows(table, tokens_BT)
+    for tokens in (tokens_BT, tokens_BT[:1]):  # `data` does not divide one row
+        with sharding.use(mesh):
+            program = jax.jit(quant.rows).lower(split, tokens).compile()
+        rows = program(split, tokens)
+        np.testing.assert_allclose(rows, expected[: len(tokens)], rtol=1e-6, atol=0)
+        sums = hlo.analyze(program.as_text()).collectives
+        assert {kind: work.count for kind, work in sums.items()} == {"all-reduce": 1}
+        assert max(transfers(program.as_text())) <= rows.nbytes
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_rows_of_a_split_table_have_the_gradient_of_one_device(split_table, sizes):
+    mesh = sharding.make_mesh(sizes, CONFIG)
+    table, split = split_table(mesh, "float32")
+    tokens_BT = np.array([[0, V - 1], [38, 75], [5, 5], [76, 5]], np.int32)
+    weight = np.random.default_rng(1).normal(size=(*tokens_BT.shape, D)).astype(np.float32)
+    gradient = jax.jit(jax.grad(lambda table: jnp.sum(quant.rows(table, tokens_BT) * weight)))
+    expected = gradient(table)
+    with sharding.use(mesh):
+        ours = gradient(split)
+    assert ours.sharding.is_equivalent_to(split.sharding, 2)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 # --- what lies where ---
