@@ -1,13 +1,15 @@
 """Prefill and decode on CPU beside Hugging Face transformers, with the same weights, in one run.
 
     python -m benchmarks.decode_vs_transformers [--new-tokens 128] [--repeats 5]
+        [--llama-cpp llamacpp/bin/python]
 
 The model has the shape of a 110M-parameter Llama with random weights; all sides are greedy, and
 those in float32 must draw the same tokens. Ours runs in float32 and with all weights as int8. Sides
 alternate, so that a machine that drifts is fair to all; medians are reported. No step can be faster
 than its weights are read, so the rate at which the machine reads memory is measured beside it.
-"startup" is a whole process from the shell to the first token, the second time it is run. The last
-line is JSON.
+"startup" is a whole process from the shell to the first token, the second time it is run. With
+`--llama-cpp`, the interpreter of an environment as `llama_cpp_peer.py` describes it, llama.cpp takes
+its turns too. The last line is JSON.
 """
 
 import argparse
@@ -105,6 +107,16 @@ def theirs(model: transformers.LlamaForCausalLM, prompts: np.ndarray, n: int):
     return first, time.perf_counter() - began - first, out[:, ids.shape[1] :].numpy()
 
 
+def llama_cpp(python: Path, kind: str, prompts: np.ndarray, n: int) -> tuple[float, float, None]:
+    """The same of llama.cpp, in a process of its own; its tokens are drawn beforehand."""
+    peer = Path(__file__).with_name("llama_cpp_peer.py")
+    options = f"--kind {kind} --batch {len(prompts)} --new-tokens {n} --repeats 1".split()
+    out = subprocess.run([python, peer, *options], check=True, stdout=subprocess.PIPE, text=True)
+    (case,) = json.loads(out.stdout.splitlines()[-1])["cases"]
+    first, rest = prompts.size / case["prefill_tok_s"], len(prompts) * (n - 1)
+    return first, rest / case["decode_tok_s"], None
+
+
 def read_gb_s() -> float:
     """What both cores read from memory at best: the sum of 1 GiB, in GB/s."""
     began = time.perf_counter()
@@ -156,6 +168,10 @@ def measure_batch(batch: int, model: Any, ours_by_kind: dict[str, Any], args: ar
     prompts = np.random.default_rng(0).integers(5, CONFIG.vocab_size, (batch, PROMPT))
     sides = [functools.partial(ours, params) for params in ours_by_kind.values()]
     sides.append(functools.partial(theirs, model))
+    names = [*ours_by_kind, "transformers"]
+    if args.llama_cpp:
+        sides += [functools.partial(llama_cpp, args.llama_cpp, kind) for kind in ("f32", "q8_0")]
+        names += ["llama_cpp_f32", "llama_cpp_q8_0"]
     for params in ours_by_kind.values():
         compile_programs(CONFIG, params, request_shapes(CONFIG, prompts.tolist(), n))
     for side in sides:
@@ -164,7 +180,6 @@ def measure_batch(batch: int, model: Any, ours_by_kind: dict[str, Any], args: ar
     for _ in range(args.repeats):
         runs.append([side(prompts, n) for side in sides])
         reads.append(read_gb_s())
-    names = *ours_by_kind, "transformers"
     tokens = dict(zip(names, (run[2] for run in runs[0]), strict=True))
     same = (tokens["f32"] == tokens["transformers"]).mean()
     speed = statistics.median(reads)
@@ -182,6 +197,9 @@ def measure_batch(batch: int, model: Any, ours_by_kind: dict[str, Any], args: ar
         case["f32_over_transformers"] = rates["f32"] / rates["transformers"]
         case["int8_over_f32"] = rates["int8"] / rates["f32"]
         case["int8_over_transformers"] = rates["int8"] / rates["transformers"]
+        if args.llama_cpp:
+            case["f32_over_llama_cpp"] = rates["f32"] / rates["llama_cpp_f32"]
+            case["int8_over_llama_cpp"] = rates["int8"] / rates["llama_cpp_q8_0"]
         if name == "decode":
             for kind, params in ours_by_kind.items():
                 nbytes = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -193,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -208,12 +227,24 @@ def main() -> None:
     cases = [case for batch in (1, 8) for case in measure_batch(batch, model, by_kind, args)]
     pairs = startup(model, params, args.repeats)
     seconds = [median(pairs, side, float) for side in (0, 1)]
-    print("\n| tok/s | float32 | int8 | transformers | float32 / theirs | int8 / float32 |")
-    print("|---|---|---|---|---|---|")
+    columns = {
+        "float32": "f32_tok_s",
+        "int8": "int8_tok_s",
+        "transformers": "transformers_tok_s",
+        "float32 / theirs": "f32_over_transformers",
+        "int8 / float32": "int8_over_f32",
+    }
+    if args.llama_cpp:
+        columns |= {
+            "llama.cpp": "llama_cpp_f32_tok_s",
+            "Q8_0": "llama_cpp_q8_0_tok_s",
+            "float32 / llama.cpp": "f32_over_llama_cpp",
+            "int8 / Q8_0": "int8_over_llama_cpp",
+        }
+    print(f"\n| tok/s | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for case in cases:
-        rates = " | ".join(f"{case[f'{side}_tok_s']:.1f}" for side in (*by_kind, "transformers"))
-        ratios = f"{case['f32_over_transformers']:.2f} | {case['int8_over_f32']:.2f}"
-        print(f"| {case['name']} | {rates} | {ratios} |")
+        row = (f"{case[key]:.{2 if '_over_' in key else 1}f}" for key in columns.values())
+        print(f"| {case['name']} | {' | '.join(row)} |")
     print(f"\nsecond start to the first token: {seconds[0]:.2f} s, transformers {seconds[1]:.2f} s")
     print(json.dumps({"cases": cases, "startup_s": seconds}))
 
