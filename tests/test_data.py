@@ -210,8 +210,9 @@ def test_what_is_cut_or_has_nothing_to_learn_is_counted(tokenizers, write):
     )
     with_prompts, _ = read(path, tokenizer, CONFIGS["3"], seq_len=prompt + 9, train_on_prompts=True)
     assert [s.counts.sum() for s in with_prompts] == [prompt + 9, prompt + 1, prompt + 9]
-    silent = write("c.jsonl", [{"messages": CHAT}, {"messages": CHAT[:2]}])
-    assert read(silent, tokenizer, CONFIGS["3"], seq_len=500)[1].empty == 1
+    blank = {"role": "assistant", "content": " "}
+    chats = [{"messages": dialog} for dialog in (CHAT, CHAT[:2], [*CHAT[:2], blank])]
+    assert read(write("c.jsonl", chats), tokenizer, CONFIGS["3"], seq_len=500)[1].empty == 2
 
 
 @pytest.mark.parametrize("version", ["1", "2", "3"])
@@ -253,12 +254,12 @@ def test_preferences_of_chats_count_the_last_answer_alone(tokenizers, write, ver
 
 def test_a_pair_without_one_answer_is_left_out(tokenizers, write):
     row = {"prompt": "p" * 8, "chosen": "c" * 20, "rejected": "r"}
-    rows = [row, row | {"prompt": "p" * 30}]
+    rows = [row, row | {"prompt": "p" * 30}, row | {"chosen": "c" * 3}]
     pairs, counts = data.read_preferences(
         write("p.jsonl", rows), tokenizers["3"], CONFIGS["3"], seq_len=12
     )
-    assert [(len(c.ids), len(r.ids)) for c, r in pairs] == [(13, 11)]
-    assert counts == data.Counts(2, 1, 1, 12 + 10, 4 + 2)
+    assert [(len(c.ids), len(r.ids)) for c, r in pairs] == [(13, 11), (13, 11)]
+    assert counts == data.Counts(3, 1, 1, 2 * (12 + 10), 2 * (4 + 2))
 
 
 # Rows
