@@ -383,10 +383,14 @@ def test_a_mesh_has_the_sizes_asked_for():
     def shape(sizes, **options):
         return dict(sharding.make_mesh(sizes, CONFIG, **options).shape)
 
-    assert shape("data=2,tensor=4") == {"data": 2, "tensor": 4, "query": 1}
-    assert shape(" tensor=4, data=2 ") == {"data": 2, "tensor": 4, "query": 1}
-    assert shape("tensor=8") == {"data": 1, "tensor": 4, "query": 2}
-    assert shape("data=8") == {"data": 8, "tensor": 1, "query": 1}
+    def sizes(**others):
+        return dict.fromkeys(sharding.AXES, 1) | others
+
+    assert shape("data=2,tensor=4") == sizes(data=2, tensor=4)
+    assert shape(" tensor=4, data=2 ") == sizes(data=2, tensor=4)
+    assert shape("tensor=8") == sizes(tensor=4, query=2)
+    assert shape("data=8") == sizes(data=8)
+    assert shape("fsdp=2,tensor=4") == sizes(fsdp=2, tensor=4)
     assert sharding.make_mesh("tensor=2", CONFIG).devices.ravel().tolist() == jax.devices()[:2]
     last = jax.devices()[6:]
     mesh = sharding.make_mesh("tensor=2", CONFIG, devices=last)
