@@ -226,15 +226,15 @@ def test_scale_shapes_and_draws_are_those_of_peft(rslora):
         ),
     )
     layers = theirs.base_model.model.model.layers
-    ours = lora.add(PARAMS, config, jax.random.key(0))
-    for ours, theirs in (
-        (ours["layers_0"]["attention"]["q"]["lora"], layers[0].self_attn.q_proj),
-        (ours["layers_1"]["mlp"]["down"]["lora"], layers[1].mlp.down_proj),
+    params = lora.add(PARAMS, config, jax.random.key(0))
+    for ours, module in (
+        (params["layers_0"]["attention"]["q"]["lora"], layers[0].self_attn.q_proj),
+        (params["layers_1"]["mlp"]["down"]["lora"], layers[1].mlp.down_proj),
     ):
-        assert ours.scale == theirs.scaling["default"]
-        assert ours.dropout == theirs.lora_dropout["default"].p
-        a = theirs.lora_A["default"].weight.detach().numpy()
-        b = theirs.lora_B["default"].weight.detach().numpy()
+        assert ours.scale == module.scaling["default"]
+        assert ours.dropout == module.lora_dropout["default"].p
+        a = module.lora_A["default"].weight.detach().numpy()
+        b = module.lora_B["default"].weight.detach().numpy()
         assert (ours.a.shape, ours.b.shape) == (a.shape, b.shape)
         assert not b.any()
         assert not np.asarray(ours.b).any()
