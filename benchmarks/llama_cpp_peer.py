@@ -2,7 +2,7 @@
 
     python -m venv llamacpp
     CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON" \\
-        llamacpp/bin/pip install --no-binary llama-cpp-python llama-cpp-python gguf
+        llamacpp/bin/pip install --no-cache-dir --no-binary llama-cpp-python llama-cpp-python gguf
     llamacpp/bin/python benchmarks/llama_cpp_peer.py [--threads 2] [--new-tokens 128] [--repeats 5]
 
 It has an environment of its own, because it is a peer and not a dependency. The build takes a
