@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import jax.monitoring
+import numpy as np
 import pytest
 import sentencepiece
 from oracle import random_params
 
 from infer import sample
-from llama_jax.checkpoint import save_model
+from llama_jax import adapter, lora
+from llama_jax.checkpoint import load_params, save_model
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import load_tokenizer
@@ -79,6 +81,23 @@ def run(model_dir, capsys):
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture(scope="module")
+def adapted(model_dir):
+    """An adapter directory, and the model directory into which it is merged."""
+    config = lora.LoraConfig.of("all", rank=4)
+    params = lora.add(load_params(model_dir), config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map_with_path(
+        lambda path, x: rng.normal(0, 0.1, x.shape).astype("f4") if lora.is_adapter(path) else x,
+        params,
+    )
+    path, merged = model_dir.parent / "adapter", model_dir.parent / "merged"
+    adapter.save_adapter(path, params, config, adapter.fingerprint(model_dir), {})
+    tokenizer = model_dir / "tokenizer.model"
+    save_model(merged, CONFIG, lora.merge(params), tokenizer=tokenizer, provenance={})
+    return path, merged
 
 
 def test_json_has_all_that_a_program_needs(run, model_dir):
@@ -169,6 +188,20 @@ def test_chat_without_a_prompt_is_a_conversation(run, monkeypatch, capsys):
     assert end == ""
     assert asked == [["fox"], ["fox", first, "[INST] no"], ["fox", first, "dog"]]
     assert second
+
+
+def test_an_adapter_says_what_the_merged_model_does(run, adapted, capsys):
+    path, merged = map(str, adapted)
+    plain = run("--prompt", "the fox", *GREEDY)
+    text = run("--prompt", "the fox", "--lora", path, *GREEDY)
+    assert text != plain
+    assert text == run("--prompt", "the fox", "--checkpoint", merged, *GREEDY)
+    flags = ["--quantize", "int8", "--mesh", "fsdp=2,tensor=2"]
+    split = run("--prompt", "the fox", "--lora", path, *flags, *GREEDY)
+    assert split == run("--prompt", "the fox", "--lora", path, *flags[:2], *GREEDY) != plain
+    with pytest.raises(UserError, match="belongs to a model with the fingerprint"):
+        run("--prompt", "the fox", "--checkpoint", merged, "--lora", path)
+    assert capsys.readouterr().err.count("\n") == 0
 
 
 def test_a_pipe_closed_early_is_no_error(model_dir):
