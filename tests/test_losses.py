@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_transformers(config):
     params = oracle.random_params(config)
     model = oracle.transformers_model(config, params)
     (text,) = texts(20)
-    total, weight = jax.jit(next_token(config))(params, batch_of([[text]], 24), None)
+    total, weight, _ = jax.jit(next_token(config))(params, batch_of([[text]], 24), None)
     ids = torch.tensor([text])
     theirs = model(ids, labels=ids).loss.item()
     assert weight == 19
@@ -147,7 +147,7 @@ def test_full_rematerialization_keeps_less(params):
 def test_dropout_changes_the_loss_with_a_key_and_not_without(params):
     batch = batch_of([texts(20)], 20)
     loss = jax.jit(next_token(CONFIG, dropout=0.5))
-    still, _ = next_token(CONFIG)(params, batch, None)
+    still, *_ = next_token(CONFIG)(params, batch, None)
     np.testing.assert_allclose(loss(params, batch, None)[0], still, rtol=1e-5)
     first, second, again = (loss(params, batch, jax.random.key(k))[0] for k in (0, 1, 0))
     assert first != second

@@ -1,4 +1,4 @@
-"""What training minimizes, as sums and what they are sums over: the caller divides.
+"""What training minimizes: sums, and the weight of what they are sums over. The caller divides.
 
 A batch is a dict of arrays [B, T]:
   tokens    int32, inputs
@@ -16,12 +16,14 @@ import jax.numpy as jnp
 
 from llama_jax import quant
 from llama_jax.config import LlamaConfig
+from llama_jax.lora import drop
 from llama_jax.model import Llama, Params, head_kernel
-from llama_jax.sharding import constrain
+from llama_jax.sharding import constrain, part
 
 Batch = dict[str, jax.Array]
-# (parameters, batch, key for dropout or None) -> (sum of losses, sum of weights), float32 scalars
-Loss = Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, jax.Array]]
+# Sum of losses, sum of weights, and sums of what else there is to see: float32 scalars
+Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+Loss = Callable[[Params, Batch, jax.Array | None], Sums]  # of parameters, batch, key for dropout
 
 LOGITS = 1 << 26  # most logits that are in memory at once: 256 MiB
 
@@ -34,11 +36,66 @@ def next_token(config: LlamaConfig, *, remat: str = "none", dropout: float = 0.0
       dropout: of the residual stream, where the loss is called with a key.
     """
 
-    def loss(params: Params, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> Sums:
         nats_BT = token_nats(config, params, batch, key, remat=remat, dropout=dropout)
-        return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"])
+        return jnp.sum(nats_BT * batch["weights"]), jnp.sum(batch["weights"]), {}
 
     return loss
+
+
+def preference(
+    config: LlamaConfig, beta: float, *, label_smoothing: float = 0.0, remat: str = "none"
+) -> Loss:
+    """Direct preference optimization of adapters (DPO, arXiv 2305.18290), per pair of answers.
+
+    Rows 2i and 2i+1 of a batch are the chosen and the rejected answer to one prompt, one to a row;
+    a pair without a target that counts is padding. The reference is the same tree without its
+    adapters. Beside the loss: the implicit rewards of both answers, the margin between them, and
+    how often the chosen one has the larger.
+
+    Args:
+      beta: how dear it is to leave the reference.
+      label_smoothing: the share of pairs that are taken to be the wrong way round (conservative DPO).
+    """
+
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> Sums:
+        chosen, rejected = rewards(config, params, batch, beta, key, remat=remat)
+        is_pair = jnp.sum(batch["weights"], axis=1).reshape(-1, 2).min(axis=1) > 0
+        margin = chosen - rejected
+        losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin)
+        losses -= label_smoothing * jax.nn.log_sigmoid(-margin)
+
+        def total(values: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(is_pair, values, 0.0))
+
+        seen = {"reward_chosen": chosen, "reward_rejected": rejected, "margin": margin}
+        seen["accuracy"] = (margin > 0).astype(jnp.float32)
+        return total(losses), total(jnp.ones_like(margin)), jax.tree.map(total, seen)
+
+    return loss
+
+
+def rewards(
+    config: LlamaConfig,
+    params: Params,
+    batch: Batch,
+    beta: float,
+    key: jax.Array | None = None,
+    *,
+    remat: str = "none",
+) -> tuple[jax.Array, jax.Array]:
+    """Implicit rewards of chosen and rejected answers, float32 [B/2] each.
+
+    beta * (log p(answer) - log p of the reference), summed over the tokens that count.
+    """
+
+    def log_p(params: Params, key: jax.Array | None) -> jax.Array:
+        nats_BT = token_nats(config, params, batch, key, remat=remat)
+        return -jnp.sum(nats_BT * batch["weights"], axis=1)
+
+    reference = jax.lax.stop_gradient(log_p(drop(params), None))
+    rewards_P2 = (beta * (log_p(params, key) - reference)).reshape(-1, 2)
+    return rewards_P2[:, 0], rewards_P2[:, 1]
 
 
 def token_nats(
@@ -71,7 +128,7 @@ def token_nats(
         target_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0), axis=-1)
         return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
-    blocks = _blocks(T, B * config.vocab_size)
+    blocks = _blocks(T, math.prod(part((B, config.vocab_size), "batch", "vocab")))
     if blocks == 1:
         return nats(x_BTD, batch["targets"])
     x_nBtD = jnp.swapaxes(x_BTD.reshape(B, blocks, -1, D), 0, 1)
@@ -81,6 +138,6 @@ def token_nats(
 
 
 def _blocks(T: int, logits: int) -> int:
-    """How many equal parts to make of T positions with so many logits each."""
+    """How many equal parts to make of T positions with so many logits each on a device."""
     least = math.ceil(T * logits / LOGITS)
     return next(n for n in range(max(1, min(least, T)), T + 1) if T % n == 0)

@@ -96,11 +96,11 @@ class Sight:
         self._since += time.perf_counter() - began
 
     def step(self, step: int, values: dict[str, float], learning_rate: float) -> None:
-        """Of the metrics of `train.step.make_step` and "read", the tokens of the window."""
+        """Of the metrics of `train.step.make_step` and "tokens", those of the window."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         values = dict(values)
-        speed = values.pop("read") / max(seconds, 1e-9)
+        speed = values["tokens"] / max(seconds, 1e-9)
         share = 1 - SMOOTHING if self._steady else 1.0  # the first step takes longer than others
         self._speed += share * (speed - self._speed)
         self._step_s += share * (seconds - self._step_s)
@@ -110,7 +110,7 @@ class Sight:
         line = {
             "step": step,
             "loss": values.pop("loss"),
-            "tokens": int(values.pop("tokens")),
+            "weight": int(values.pop("weight")),
             "tokens_per_s": round(speed, 1),
             "learning_rate": learning_rate,
             **values,
@@ -125,20 +125,18 @@ class Sight:
             left = (self._steps - step) * self._step_s
             report(f"step {step} of {self._steps}, {text}, {_duration(left)} left")
 
-    def validation(self, step: int, loss: float, tokens: int) -> None:
-        """`loss` in nats a token, and of how many."""
+    def validation(self, step: int, values: dict[str, float], perplexity: bool) -> None:
+        """`values` of `train.loop.evaluate`; `perplexity` says whether the loss is of tokens."""
         if not self._speaks:
             return
-        perplexity = math.exp(min(loss, 700.0))
-        line = {
-            "step": step,
-            "validation_loss": loss,
-            "perplexity": perplexity,
-            "validation_tokens": tokens,
-        }
+        line = {"step": step, "validation_loss": values["loss"]}
+        text = f"step {step}: validation loss {values['loss']:.4f}"
+        if perplexity:
+            line["perplexity"] = math.exp(min(values["loss"], 700.0))
+            text += f", perplexity {line['perplexity']:.4g}"
+        line |= {f"validation_{name}": value for name, value in values.items() if name != "loss"}
         self._lines.add(line)
         self._to_board(step, line)
-        text = f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.4g}"
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:
@@ -172,7 +170,7 @@ class _Lines:
         if not self._remote:
             beside = file.parent / f".{file.name}"
             beside.write_text(self._text)
-            beside.rename(file)
+            beside.replace(file)
             self._stream = open(file, "a")  # noqa: SIM115  closed in __exit__
 
     def __enter__(self) -> "_Lines":

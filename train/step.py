@@ -15,7 +15,7 @@ from flax import struct
 from llama_jax.lora import Lora, join
 from llama_jax.model import Params
 from llama_jax.quant import Quantized
-from train.losses import Batch, Loss
+from train.losses import Batch, Loss, Sums
 
 Metrics = dict[str, jax.Array]  # float32 scalars
 
@@ -73,23 +73,22 @@ def make_step(
       seed: of dropout; the key of a micro-batch depends on it, the step and its index alone. None
         for no dropout.
 
-    Metrics: loss (nats a token), tokens (that count), grad_norm (before it is clipped), and with
-    float16 skipped (1 or 0) and loss_scale.
+    Metrics: the loss and what else `loss` sums up, over the weight; that weight (tokens that count);
+    grad_norm (before it is clipped); and with float16 skipped (1 or 0) and loss_scale.
     """
 
     def gradient(
         state: State, frozen: Params, batch: Batch, index: jax.Array
-    ) -> tuple[Params, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[Params, Sums]:
         key = None
         if seed is not None:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), index)
 
-        def scaled(trained: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            params = cast(join(trained, frozen), dtype)
-            total, weight = loss(params, batch, key)
+        def scaled(trained: Params) -> tuple[jax.Array, Sums]:
+            sums = loss(cast(join(trained, frozen), dtype), batch, key)
             if state.loss_scale is None:
-                return total, (total, weight)
-            return total * (state.loss_scale.scale / batch["tokens"].size), (total, weight)
+                return sums[0], sums
+            return sums[0] * (state.loss_scale.scale / batch["tokens"].size), sums
 
         gradients, sums = jax.grad(scaled, has_aux=True)(state.trained)
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
@@ -103,15 +102,16 @@ def make_step(
 
         first = gradient(state, frozen, jax.tree.map(lambda x: x[0], window), jnp.int32(0))
         rest = jnp.arange(1, count), jax.tree.map(lambda x: x[1:], window)
-        (gradients, (total, weight)), _ = jax.lax.scan(add, first, rest)
-        divisor = jnp.maximum(weight, 1)
+        (gradients, (total, weight, seen)), _ = jax.lax.scan(add, first, rest)
+        divisor = counted = jnp.maximum(weight, 1)
         if state.loss_scale is not None:
             divisor *= state.loss_scale.scale / window["tokens"][0].size
         gradients = jax.tree.map(lambda g: g / divisor, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         norm = optax.tree.norm(gradients)
-        metrics = {"loss": total / jnp.maximum(weight, 1), "tokens": weight, "grad_norm": norm}
+        metrics = {name: value / counted for name, value in seen.items()}
+        metrics |= {"loss": total / counted, "weight": weight, "grad_norm": norm}
         new = State(state.step + 1, trained, optimizer_state, None)
         if state.loss_scale is None:
             return new, metrics
