@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import random_params
+from test_convert_memory import MB, anonymous
+from test_convert_quantize import config_of
+from test_convert_quantize import write_model as write_bfloat16_model
 from test_processes import free_port
 from test_sharding import CONFIG, LOGITS_ATOL, save_tokenizer
 
@@ -25,6 +30,7 @@ from llama_jax.model import forward, stack
 from llama_jax.quant import Quantization
 
 ROOT = Path(__file__).parents[1]
+SECONDS = 300  # for two processes
 LORA = LoraConfig.of("q,v,down", rank=4, alpha=8.0, dropout=0.1)
 BASE = "0123456789abcdef" * 4  # as good a fingerprint as any where there is no base
 UP = "layers_1.mlp.down.lora.a"
@@ -242,24 +248,30 @@ def test_two_processes_write_one_directory(base, saved, params, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     address, back = f"127.0.0.1:{free_port()}", tmp_path / "back"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(process), base, saved, back],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
+    errors = [tmp_path / f"{process}.err" for process in range(2)]
+    started = []
     try:
-        errors = [process.communicate(timeout=200)[1] for process in started]
+        for process, file in enumerate(errors):
+            command = [sys.executable, "-c", PROCESS, address, str(process), base, saved, back]
+            with open(file, "w") as err:
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=err
+                    )
+                )
+        end = time.monotonic() + SECONDS
+        # A process that fails leaves the other one waiting.
+        while any(process.poll() is None for process in started) and time.monotonic() < end:
+            if any(process.poll() for process in started):
+                break
+            time.sleep(0.1)
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n---\n".join(errors)
-    assert os.listdir(tmp_path) == ["back"]
+            process.wait()
+    said = "\n---\n".join(file.read_text() for file in errors)
+    assert [process.returncode for process in started] == [0, 0], said
+    assert sorted(os.listdir(tmp_path)) == ["0.err", "1.err", "back"]
     assert_same(llama_jax.load(base, lora=back).params, params)
 
 
@@ -489,3 +501,46 @@ def test_the_command_exits_with_2(base, tmp_path):
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == []
+
+
+CONVERTER = """
+import sys
+from convert import merge_lora
+
+for line in sys.stdin:
+    base = line.strip()
+    merge_lora.main(["--checkpoint", base, "--lora", base + "-a", "--output", base + "-m"])
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status")
+def test_merging_holds_a_few_tensors(tmp_path):
+    """As in test_convert_memory: 500 MB of the bound are for Python and its packages."""
+    layers, dim, mlp = 6, 1024, 8192
+    largest = 2 * dim * mlp
+    for name, config in (("small", config_of(64, 128, 2)), ("large", config_of(dim, mlp, layers))):
+        (tmp_path / name).mkdir()
+        base = write_bfloat16_model(tmp_path / name / "model", config)
+        shapes = jax.eval_shape(
+            lambda p: lora.add(p, LORA, jax.random.key(0)), checkpoint.abstract(config)
+        )
+        adapters = jax.tree.map(lambda leaf: np.ones(leaf.shape, "f4"), lora.adapters(shapes))
+        adapter.save_adapter(f"{base}-a", adapters, LORA, adapter.fingerprint(base), {})
+    command = [sys.executable, "-c", CONVERTER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+
+        def peak(name):
+            process.stdin.write(f"{tmp_path / name / 'model'}\n")
+            process.stdin.flush()
+            most = 0
+            while not select.select([process.stdout], [], [], 0.002)[0]:
+                most = max(most, anonymous(process.pid))
+            assert process.stdout.readline() == "done\n"
+            return most
+
+        peak("small")
+        packages = anonymous(process.pid)
+        reached = peak("large")
+        assert reached < packages + 3 * largest + 64 * MB < packages + 3 * layers * largest
