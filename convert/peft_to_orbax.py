@@ -10,7 +10,7 @@ change the result and cannot be said here, such as DoRA or ranks by layer, is re
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +115,16 @@ def _fields(file: Path, config: LlamaConfig) -> dict[str, Any]:
 
 def _lora_config(file: Path, fields: Mapping[str, Any], config: LlamaConfig) -> LoraConfig:
     """Raises `UserError` where a value is missing, or layers differ in what they adapt."""
-    kinds: dict[str, tuple[tuple[type, ...], Any]] = {  # and what PEFT takes where it is not told
-        "r": ((int,), 8),
-        "lora_alpha": ((int, float), 8),
-        "lora_dropout": ((int, float), 0.0),
-        "use_rslora": ((bool,), False),
+    kinds: dict[str, tuple[tuple[type, ...], str, Any]] = {  # with what PEFT takes by default
+        "r": ((int,), "a whole number", 8),
+        "lora_alpha": ((int, float), "a number", 8),
+        "lora_dropout": ((int, float), "a number", 0.0),
+        "use_rslora": ((bool,), "true or false", False),
     }
-    values = {name: fields.get(name, default) for name, (_, default) in kinds.items()}
+    values = {name: fields.get(name, default) for name, (*_, default) in kinds.items()}
     for name, value in values.items():
         if type(value) not in kinds[name][0]:
-            raise UserError(
-                f"{file}: {name} is {value!r}, expected a {kinds[name][0][-1].__name__}"
-            )
+            raise UserError(f"{file}: {name} is {value!r}, expected {kinds[name][1]}")
     chosen = {path for path, module in adapted(config) if _is_targeted(file, fields, module)}
     targets = tuple(t for t in TARGETS if any(path.endswith(f"/{t}") for path in chosen))
     for path, module in adapted(config):
@@ -260,9 +258,9 @@ def _pickled(file: Path) -> dict[str, LazyArray]:
 
 
 def _refuse_types(file: Path, types: Mapping[str, str | None]) -> None:
-    strange: Iterable[str] = (name for name, kind in types.items() if kind is None)
-    for name in strange:
-        raise UserError(f"{file}: {name} is not of {', '.join(DTYPES)}; save the adapter as one")
+    for name, kind in types.items():
+        if kind is None:
+            raise UserError(f"{file}: {name} is not of {', '.join(DTYPES)}; save it as one of them")
 
 
 if __name__ == "__main__":
