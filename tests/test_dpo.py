@@ -14,6 +14,8 @@ from train.losses import preference, rewards
 
 CONFIG = oracle.CONFIGS["6 heads on 2"]
 BETA, T = 0.3, 16
+LOGITS = jax.jit(lambda params, tokens: forward(CONFIG, params, tokens)[0])
+LOSS = jax.jit(preference(CONFIG, BETA))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,7 @@ def log_p(params, batch):
     """Of each row, in float64 from the logits."""
     total = []
     for row in range(len(batch["tokens"])):
-        logits, _ = forward(CONFIG, params, batch["tokens"][row : row + 1])
-        logits = np.asarray(logits[0], np.float64)
+        logits = np.asarray(LOGITS(params, batch["tokens"][row : row + 1])[0], np.float64)
         nats = np.log(np.exp(logits).sum(-1)) - logits[np.arange(T), batch["targets"][row]]
         total.append(-(nats * np.asarray(batch["weights"][row])).sum())
     return np.array(total)
@@ -51,7 +52,7 @@ def test_loss_and_rewards_are_those_of_the_paper(params, smoothing):
     chosen, rejected = reward[::2], reward[1::2]
     sigmoid = 1 / (1 + np.exp(-(chosen - rejected)))
     losses = -(1 - smoothing) * np.log(sigmoid) - smoothing * np.log(1 - sigmoid)
-    ours = rewards(CONFIG, params, batch, BETA)
+    ours = jax.jit(lambda p, b: rewards(CONFIG, p, b, BETA))(params, batch)
     np.testing.assert_allclose(ours, (chosen, rejected), atol=1e-4)
     loss = preference(CONFIG, BETA, label_smoothing=smoothing)
     total, weight, seen = jax.jit(loss)(params, batch, None)
@@ -70,7 +71,7 @@ def test_loss_and_rewards_are_those_of_the_paper(params, smoothing):
 
 def test_a_new_adapter_is_the_reference(params):
     new = lora.add(lora.drop(params), lora.LoraConfig(), jax.random.key(1))
-    total, weight, seen = preference(CONFIG, BETA)(new, pairs(), None)
+    total, weight, seen = LOSS(new, pairs(), None)
     np.testing.assert_allclose(total / weight, np.log(2), rtol=1e-6)
     assert seen["margin"] == 0
 
@@ -78,10 +79,8 @@ def test_a_new_adapter_is_the_reference(params):
 def test_pairs_of_padding_count_nothing(params):
     batch = pairs()
     padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:2])]), batch)
-    loss = preference(CONFIG, BETA)
-    for ours, theirs in zip(
-        *map(jax.tree.leaves, (loss(params, padded, None), loss(params, batch, None))), strict=True
-    ):
+    sums = (LOSS(params, padded, None), LOSS(params, batch, None))
+    for ours, theirs in zip(*map(jax.tree.leaves, sums), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 

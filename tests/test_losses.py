@@ -15,6 +15,8 @@ from train.losses import next_token, token_nats
 CONFIG = oracle.CONFIGS["6 heads on 2"]
 TIED = oracle.CONFIGS["tied head"]
 ATOL = 2e-5  # nats, float32
+NATS = jax.jit(lambda params, batch: token_nats(CONFIG, params, batch))
+LOSS = jax.jit(next_token(CONFIG))
 
 
 def batch_of(texts, T):
@@ -59,8 +61,8 @@ def test_the_loss_is_that_of_transformers(config):
 
 def test_packed_texts_cost_what_they_cost_alone(params):
     a, b, c = texts(7, 12, 5)
-    packed = token_nats(CONFIG, params, batch_of([[a, b, c], [b, c, a]], 24))
-    alone = [token_nats(CONFIG, params, batch_of([[text]], 24))[0] for text in (a, b, c)]
+    packed = NATS(params, batch_of([[a, b, c], [b, c, a]], 24))
+    alone = [NATS(params, batch_of([[text]], 24))[0] for text in (a, b, c)]
     expected = np.concatenate(
         [nats[: len(t) - 1] for nats, t in zip(alone, (a, b, c), strict=True)]
     )
@@ -82,7 +84,7 @@ def test_no_gradient_flows_between_packed_texts(params):
         changed = params | {"embed": {"embedding": embedding}}
         return next_token(CONFIG)(changed, batch, None)[0]
 
-    gradient = jax.grad(loss)(params["embed"]["embedding"], only_b)
+    gradient = jax.jit(jax.grad(loss))(params["embed"]["embedding"], only_b)
     elsewhere = sorted(set(a[:-1]) - set(b[:-1]))
     assert elsewhere
     assert not np.any(gradient[np.array(elsewhere)])
@@ -94,7 +96,7 @@ def test_logits_in_blocks_are_all_logits(params, monkeypatch):
 
     def value_and_gradient():
         loss = lambda p: next_token(CONFIG)(p, batch, None)[0]  # noqa: E731
-        return jax.value_and_grad(loss)(params)
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     whole = value_and_gradient()
     monkeypatch.setattr(losses, "LOGITS", 2 * 5 * oracle.V)
@@ -147,7 +149,7 @@ def test_full_rematerialization_keeps_less(params):
 def test_dropout_changes_the_loss_with_a_key_and_not_without(params):
     batch = batch_of([texts(20)], 20)
     loss = jax.jit(next_token(CONFIG, dropout=0.5))
-    still, *_ = next_token(CONFIG)(params, batch, None)
+    still, *_ = LOSS(params, batch, None)
     np.testing.assert_allclose(loss(params, batch, None)[0], still, rtol=1e-5)
     first, second, again = (loss(params, batch, jax.random.key(k))[0] for k in (0, 1, 0))
     assert first != second
