@@ -24,14 +24,14 @@ from llama_jax import quant, rope
 from llama_jax.attention import attend
 from llama_jax.cache import Entries, KVCache, append
 from llama_jax.config import LlamaConfig
-from llama_jax.sharding import constrain
+from llama_jax.sharding import GATHERED, constrain, gathered
 
 Params = Any  # nested dicts of arrays, as `Llama.init` makes them, or of quantized leaves
 
 # What of a layer is kept for the backward pass, and not computed again: all of it, the results of
-# products with weights, or its input alone.
-REMAT: dict[str, Callable | None] = {
-    "none": None,
+# products with weights, or its input alone. Weights that were gathered for a product never.
+REMAT: dict[str, Callable] = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -79,11 +79,12 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
         kernel = leaf(self, "kernel", init, (self.features, x.shape[-1]))
-        y = quant.dot(x, kernel)
+        y = quant.dot(x, gathered(kernel, str(self.name), "kernel"))
         if not self.has_variable("params", "lora"):
             return y
         key = self.make_rng("dropout") if self.has_rng("dropout") else None
-        return y + self.get_variable("params", "lora").dot(x, key)
+        lora = gathered(self.get_variable("params", "lora"), str(self.name), "lora")
+        return y + lora.dot(x, key)
 
 
 class Attention(nn.Module):
@@ -188,8 +189,9 @@ class Llama(nn.Module):
         table_VD = Embedding(config.vocab_size, config.dim, name="embed")()
         x_BTD = quant.rows(table_VD, tokens_BT)
         x_BTD = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(x_BTD)
-        policy = REMAT[self.remat]
-        block = nn.remat(Block, policy=policy) if policy else Block
+        mesh = jax.sharding.get_abstract_mesh()
+        keeps = self.remat == "none" and (mesh.empty or mesh.shape["fsdp"] == 1)
+        block = Block if keeps else nn.remat(Block, policy=REMAT[self.remat])
         new = []
         if self.has_variable("params", "layers"):
             broadcast: Any = nn.broadcast
@@ -219,7 +221,7 @@ class Llama(nn.Module):
         )
         if not head:
             return x_BTD, tuple(new)
-        logits_BTV = quant.dot(x_BTD, head_VD, jnp.float32)
+        logits_BTV = quant.dot(x_BTD, gathered(head_VD, "head", "kernel"), jnp.float32)
         return constrain(logits_BTV, "batch", None, "vocab"), tuple(new)
 
 
@@ -235,8 +237,10 @@ def segment_positions(segments_BT: jax.Array) -> jax.Array:
 
 
 def head_kernel(config: LlamaConfig, params: Params) -> Any:
-    """The kernel [V, D] that makes logits of the last activations."""
-    return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["kernel"]
+    """The kernel [V, D] that makes logits of the last activations, gathered."""
+    tied = config.tie_embeddings
+    head_VD = params["embed"]["embedding"] if tied else params["head"]["kernel"]
+    return gathered(head_VD, "head", "kernel")
 
 
 def logits_and_entries(

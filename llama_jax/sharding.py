@@ -17,6 +17,7 @@ heads.
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "query")
+GATHERED = "gathered"  # name of what `gathered` makes, for policies of rematerialization
 
 # Logical axis -> mesh axes. Where an axis does not divide the dimension, or another dimension of
 # the same array has it already, it is left out.
@@ -135,23 +138,74 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
 
 
-def shardings(params: Any, mesh: Mesh) -> Any:
-    """A `NamedSharding` for each array of a parameter tree, those of quantized leaves included.
+def part(shape: Sequence[int], *axes: str | None) -> tuple[int, ...]:
+    """The shape of what a device has of an array with these logical axes, on the mesh in use."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    return tuple(shape) if mesh.empty else named(shape, axes, mesh).shard_shape(tuple(shape))
+
+
+def gathered(leaf: Any, *names: str) -> Any:
+    """A kernel or an adapter whole along what fsdp splits, for the product that reads it.
+
+    `names` are the two last ones of its path. It travels as it is stored, quantized or not, and its
+    gradient the other way: summed, each device keeping its part. Left to itself XLA would gather
+    it anew in every turn of a loop, and for TPUs take the product apart and pass the parts around.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return leaf
+    return jax.tree.map_with_path(lambda path, x: _gather(x, _axes(names, path, x.ndim)), leaf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return checkpoint_name(_whole(x, axes), GATHERED)
+
+
+def _gather_forward(x: jax.Array, axes: tuple[str | None, ...]) -> tuple[jax.Array, None]:
+    return _gather(x, axes), None
+
+
+def _gather_backward(axes: tuple[str | None, ...], _: None, gradient: jax.Array) -> tuple:
+    return (constrain(_whole(gradient, axes), *axes),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _whole(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """`x`, split as `constrain` would but for fsdp."""
+    split = spec(x.shape, axes, jax.sharding.get_abstract_mesh())
+    others = [
+        [name for name in np.atleast_1d(entry) if name not in (None, "fsdp")] for entry in split
+    ]
+    whole = PartitionSpec(*(tuple(names) or None for names in others))
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _axes(names: Sequence[str], path: tuple, ndim: int) -> tuple[str | None, ...]:
+    """The logical axes of the array at the end of `path`, in a leaf with these two last names.
 
     An array inside of a quantized leaf is split as the first axes of the kernel are, those of an
-    adapter as the kernel is along the axis that they share. Stacked layers are not split.
+    adapter as the kernel is along the axis that they share.
+    """
+    if names[-1] != "lora":
+        return PARAMS[names[-2], names[-1]][:ndim]
+    out, width = PARAMS[names[-2], "kernel"]
+    return (None, width) if path[-1].name == "a" else (out, None)
+
+
+def shardings(params: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for each array of a parameter tree, those inside of its leaves included.
+
+    Stacked layers are not split.
     """
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
-        if names[-1] == "lora":
-            out, width = PARAMS[names[-2], "kernel"]
-            axes = (None, width) if path[-1].name == "a" else (out, None)
-        else:
-            axes = PARAMS[names[-2], names[-1]]
-        if "layers" in names:
-            axes = (None, *axes)
-        return named(array.shape, axes[: len(array.shape)], mesh)
+        stacked = (None,) * ("layers" in names)
+        axes = _axes(names, path, array.ndim - len(stacked))
+        return named(array.shape, (*stacked, *axes), mesh)
 
     return jax.tree.map_with_path(sharding, params)
 
