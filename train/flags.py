@@ -19,7 +19,7 @@ from llama_jax.errors import UserError
 from llama_jax.model import REMAT
 from llama_jax.tokenizer import Tokenizer
 from train.data import Batch, Counts, Rows, n_windows, split
-from train.loop import Run
+from train.loop import Run, refuse_batch
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
 from train.progress import refuse_missing_board
 
@@ -40,7 +40,7 @@ def add_shared(
     add("--resume", action="store_true", help="go on where the run in --output was stopped")
     add("--validation", metavar="FILE", help="data file, or a share of --data such as 0.1 (none)")
     add("--eval-every", type=int, metavar="N", help="steps between validations (a tenth of all)")
-    add("--seq-len", type=int, default=1024, metavar="N", help="tokens of a row (1024)")
+    add("--seq-len", type=int, metavar="N", help="tokens of a row (1024, or the context)")
     add("--no-packing", action="store_true", help="one sample a row; otherwise they share rows")
     add("--batch", type=int, default=8, metavar="N", help="rows at once, over all devices (8)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches to a step (1)")
@@ -105,11 +105,22 @@ def compute_dtype(given: str | None) -> Any:
     return jnp.dtype(given)
 
 
-def make_mesh(given: str | None, config: LlamaConfig) -> Mesh | None:
-    """`--mesh`: by default one device, or all of several processes as fsdp."""
-    if given is None and jax.process_count() > 1:
-        given = f"fsdp={jax.device_count()}"
-    return None if given is None else sharding.make_mesh(given, config)
+def seq_len(args: argparse.Namespace, config: LlamaConfig) -> int:
+    """`--seq-len`."""
+    return min(1024, config.context) if args.seq_len is None else args.seq_len
+
+
+def make_mesh(args: argparse.Namespace, config: LlamaConfig) -> Mesh | None:
+    """`--mesh`: by default one device, or all of several processes as fsdp.
+
+    Raises `UserError` where it does not fit the devices, the model or `--batch`.
+    """
+    sizes = args.mesh
+    if sizes is None and jax.process_count() > 1:
+        sizes = f"fsdp={jax.device_count()}"
+    mesh = None if sizes is None else sharding.make_mesh(sizes, config)
+    refuse_batch(args.batch, mesh)
+    return mesh
 
 
 def read_all(
@@ -181,7 +192,7 @@ def make_run(
     settings = {
         "--" + name.replace("_", "-"): value
         for name, value in vars(args).items()
-        if name not in (*FREE, *FILES) and value not in (None, False)
+        if name not in (*FREE, *FILES) and value is not None and value is not False
     }
     settings |= {"the model": model, "the data": rows.fingerprint(), "the steps": steps}
     if validation is not None:

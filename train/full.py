@@ -215,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(args: argparse.Namespace, source: Source) -> None:
     """Trains `source` as the command line says."""
     config, scratch = source.config, args.checkpoint is None
-    mesh = flags.make_mesh(args.mesh, config)
+    args.seq_len = flags.seq_len(args, config)
+    mesh = flags.make_mesh(args, config)
     rows, validation = flags.read_all(
         args,
         lambda path: read(

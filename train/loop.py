@@ -71,6 +71,7 @@ class Task:
     dropout: bool  # whether the loss takes a key
     mesh: Mesh | None
     flops: float  # that the model needs for one token of a step, without what is computed twice
+    perplexity: bool = True  # whether the loss is the logarithm of one
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Run:
         there = self.directory
         if there.exists() and not there.is_dir():
             raise UserError(f"--output {self.output} is a file, expected a new directory")
-        if not there.exists() or not any(there.iterdir()):
+        if not there.exists() or all(path.name.startswith(".") for path in there.iterdir()):
             return
         if not self.resume:
             raise UserError(
@@ -157,7 +158,6 @@ def fit(
     if run.finished:
         report(f"{run.directory / run.result} is there: this run is finished")
         return
-    refuse_batch(task.batch, task.mesh)
     part = own_part(task.batch, task.mesh)
     program = compile_programs(task)
     report(describe(task, program))
@@ -215,11 +215,12 @@ def fit(
                 settle()
             if task.validation is not None and (last or _due(task, run, done)):
                 with sight.pause():
-                    loss, tokens = evaluate(task, program, state.trained, part)
+                    values = evaluate(task, program, state.trained, part)
+                    loss = values["loss"]
                     if math.isfinite(loss) and (best is None or loss < best[0]):
                         best = loss, done
                         checkpoints.save_best(done, state.trained)
-                    sight.validation(done, loss, tokens)
+                    sight.validation(done, values, task.perplexity)
             if not last and (stopped or done % run.save_every == 0):
                 with sight.pause():
                     checkpoints.save(done, state, windows.get_state(), best)
@@ -253,7 +254,7 @@ def _begin(run: Run) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             file = directory / f".{SETTINGS}"
             file.write_text(json.dumps(run.settings, indent=2) + "\n")
-            file.rename(directory / SETTINGS)
+            file.replace(directory / SETTINGS)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -273,7 +274,7 @@ class Programs:
     """What is compiled for a task."""
 
     step: Any  # (state, frozen, window) -> (state, metrics)
-    evaluate: Any  # (trained, frozen, batch) -> (sum of losses, sum of weights)
+    evaluate: Any  # (trained, frozen, batch) -> `train.losses.Sums`
     state: Callable[[], State]  # before the first step
     mesh: Mesh | None
     devices: list[Any]
@@ -315,7 +316,7 @@ def compile_programs(task: Task) -> Programs:
 
     def step(state: State, frozen: Params, window: Batch) -> Any:
         state, metrics = plain(state, frozen, window)
-        return state, metrics | {"read": jax.numpy.sum(window["segments"] != 0)}
+        return state, metrics | {"tokens": jax.numpy.sum(window["segments"] != 0)}
 
     def evaluate(trained: Params, frozen: Params, batch: Batch) -> Any:
         return task.loss(cast(lora.join(trained, frozen), task.dtype), batch, None)
@@ -391,15 +392,17 @@ def _is_own(device: Any) -> bool:
     return device.process_index == jax.process_index()
 
 
-def evaluate(task: Task, programs: Programs, trained: Params, part: Part) -> tuple[float, int]:
-    """Mean loss of the validation examples, and how many targets count."""
+def evaluate(task: Task, programs: Programs, trained: Params, part: Part) -> dict[str, float]:
+    """Of the validation examples the mean loss, what else it sums up, and the weight of it all."""
     assert task.validation is not None
-    total = weight = 0.0
+    sums: Any = None
     for batch in in_order(task.validation, task.batch, part=part.part, parts=part.parts):
-        sums = programs.evaluate(trained, task.frozen, programs.place(batch))
-        nats, counted = map(float, jax.device_get(sums))
-        total, weight = total + nats, weight + counted
-    return total / max(weight, 1.0), int(weight)
+        found = programs.evaluate(trained, task.frozen, programs.place(batch))
+        found = jax.tree.map(lambda x: x.item(), jax.device_get(found))  # added up in float64
+        sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
+    loss, weight, seen = sums
+    means = {name: total / max(weight, 1.0) for name, total in {"loss": loss, **seen}.items()}
+    return means | {"weight": weight}
 
 
 # Where arrays lie

@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     join_processes()
     config = load_config(args.checkpoint)
     tokenizer = load_tokenizer(args.checkpoint)
-    mesh = flags.make_mesh(args.mesh, config)
+    args.seq_len = flags.seq_len(args, config)
+    mesh = flags.make_mesh(args, config)
     rows, validation = flags.read_all(
         args,
         lambda path: read(
