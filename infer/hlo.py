@@ -422,6 +422,8 @@ def _cost_of(module: Module, computation: Computation, instruction: Instruction)
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")):
         return Cost()
+    if _stage(module, instruction) == "done":
+        return Cost()
     if opcode in CONTROL and instruction.called:
         costs = [_cost(module, module.computations[name]) for name in instruction.called]
         if opcode == "conditional":
@@ -473,7 +475,7 @@ def _traffic(
 ) -> int:
     if instruction.target == "AllocateBuffer":
         return 0
-    aliased = _aliased_by_attribute(instruction)
+    aliased, kept = _aliased_by_attribute(instruction)
     total = in_place = 0
     for name in dict.fromkeys(instruction.operands):
         operand = computation.instructions.get(name)
@@ -483,7 +485,7 @@ def _traffic(
         uses = [i for i, other in enumerate(instruction.operands) if other == name]
         read = sum(_reads(module, computation, instruction, i, size) for i in uses)
         read = min(read, sum(map(size, arrays)))
-        if aliased.keys().isdisjoint(uses):
+        if aliased.isdisjoint(uses):
             total += read
         else:
             in_place += read
@@ -492,7 +494,7 @@ def _traffic(
     results = _results(instruction)
     written = _writes(module, computation, instruction, size)
     for i, (array, count) in enumerate(zip(results, written, strict=True)):
-        if module.in_hbm(array) and i not in aliased.values():
+        if module.in_hbm(array) and i not in kept:
             total += min(count, size(array))
     return total + in_place
 
@@ -504,6 +506,9 @@ def _reads(
     opcode, operands = instruction.opcode.removesuffix("-start"), instruction.operands
     if opcode == "fusion":
         body = module.computations[instruction.called[0]]
+        aliased, _ = _aliased_by_attribute(instruction)
+        if i in aliased and _stage(module, instruction) == "going on":
+            return 0
         return _uses(module, body, body.parameters[i].name, size)
     if i == 0 and opcode in SLICES:
         return sum(map(size, _results(instruction)))
@@ -601,11 +606,11 @@ def _is_scalar_constant(instruction: Instruction) -> bool:
     return instruction.opcode == "constant" and isinstance(shape, Array) and not shape.dims
 
 
-def _aliased_by_attribute(instruction: Instruction) -> dict[int, int]:
-    """Operands of a custom call that are one of its results: `{0}: (1, {})` -> {1: 0}."""
+def _aliased_by_attribute(instruction: Instruction) -> tuple[set[int], set[int]]:
+    """Operands that are results as well, and these results: `{0}: (1, {})` -> ({1}, {0})."""
     text = instruction.attributes.get("output_to_operand_aliasing", "")
     pairs = re.findall(r"\{(\d*)\}: \((\d+)", text)
-    return {int(operand): int(result or 0) for result, operand in pairs}
+    return {int(operand) for _, operand in pairs}, {int(result or 0) for result, _ in pairs}
 
 
 def _author_estimate(instruction: Instruction) -> Mapping[str, Any]:
@@ -630,7 +635,7 @@ def _temporaries(
 ) -> tuple[Temporary, ...]:
     results = _results(instruction)
     written = _writes(module, computation, instruction, lambda array: array.size)
-    aliased = set(_aliased_by_attribute(instruction).values())
+    _, aliased = _aliased_by_attribute(instruction)
     for group in (instruction.config.get("aliasing_operands") or {}).get("lists", []):
         aliased |= {int(i) - len(instruction.operands) for i in group["indices"]}
     source = re.search(r'op_name="([^"]*)"', instruction.attributes.get("metadata", ""))
@@ -667,6 +672,8 @@ def _collectives(
 ) -> dict[str, Work]:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode == "fusion":
+        if _stage(module, instruction) == "going on":
+            return {}
         body = module.computations[instruction.called[0]]
         kinds = _merge(_collectives(module, body, inner) for inner in body.instructions.values())
         # TPUs do a reduce-scatter as an all-reduce of which each chip keeps a slice.
@@ -682,6 +689,26 @@ def _collectives(
     ]
     results = [array.size for array in _results(instruction)]
     return {opcode: Work(1, max(sum(operands), sum(results)))}
+
+
+def _stage(module: Module, instruction: Instruction) -> str | None:
+    """What a fusion does in a collective that TPUs do in several: "start", "going on" or "done".
+
+    The collective stands in each of them, and beside it, where it goes on, what is computed in the
+    meantime. The count is of the first.
+    """
+    if instruction.opcode != "fusion":
+        return None
+    body = module.computations[instruction.called[0]]
+    stages = {"AsyncCollectiveStart": "start", "AsyncCollectiveDone": "done"}
+    if body.root.target in stages:
+        return stages[body.root.target]
+    chained = any(
+        inner.opcode in COLLECTIVES
+        and "chain_id" in inner.attributes.get("frontend_attributes", "")
+        for inner in body.instructions.values()
+    )
+    return "going on" if chained else None
 
 
 def _keeps_slice(body: Computation) -> bool:
@@ -793,7 +820,8 @@ def _trips(module: Module, computation: Computation, loop: Instruction) -> int |
     begin = computation.instructions[loop.operands[0]]
     if begin.opcode != "tuple" or body.root.opcode != "tuple":
         return None
-    state = tuple(_evaluate(module, computation, name, ()) for name in begin.operands)
+    known: dict[str, Any] = {}
+    state = tuple(_evaluate(module, computation, name, (), known) for name in begin.operands)
     for trips in range(MOST_TRIPS):
         more = _evaluate(module, condition, condition.root.name, (state,))
         if more is None:
@@ -808,8 +836,26 @@ def _trips(module: Module, computation: Computation, loop: Instruction) -> int |
     return None
 
 
-def _evaluate(module: Module, computation: Computation, name: str, arguments: tuple) -> Any:
-    """The value of a scalar integer that depends on constants alone; None for all others."""
+def _evaluate(
+    module: Module,
+    computation: Computation,
+    name: str,
+    arguments: tuple,
+    known: dict[str, Any] | None = None,
+) -> Any:
+    """The value of a scalar integer that depends on constants alone; None for all others.
+
+    `known` holds what was evaluated in this computation with these arguments.
+    """
+    known = {} if known is None else known
+    if name not in known:
+        known[name] = _value(module, computation, name, arguments, known)
+    return known[name]
+
+
+def _value(
+    module: Module, computation: Computation, name: str, arguments: tuple, known: dict[str, Any]
+) -> Any:
     instruction = computation.instructions[name]
     opcode, operands = instruction.opcode, instruction.operands
     if opcode == "constant":
@@ -818,13 +864,15 @@ def _evaluate(module: Module, computation: Computation, name: str, arguments: tu
         i = int(operands[0])
         return arguments[i] if i < len(arguments) else None
     if opcode in ("copy", "bitcast"):
-        return _evaluate(module, computation, operands[0], arguments)
+        return _evaluate(module, computation, operands[0], arguments, known)
     if opcode == "get-tuple-element":
-        values = _evaluate(module, computation, operands[0], arguments)
+        values = _evaluate(module, computation, operands[0], arguments, known)
         return values[int(instruction.attributes["index"])] if isinstance(values, tuple) else None
     if opcode not in ("add", "subtract", "compare", "fusion"):
         return None
-    values = tuple(_evaluate(module, computation, operand, arguments) for operand in operands)
+    values = tuple(
+        _evaluate(module, computation, operand, arguments, known) for operand in operands
+    )
     if opcode == "fusion":
         body = module.computations[instruction.called[0]]
         return _evaluate(module, body, body.root.name, values)

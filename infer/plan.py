@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -102,12 +102,7 @@ class Arrays:
 def make_arrays(request: Request) -> Arrays:
     """Raises `UserError` for a mesh that does not match the chips, the model or the batch."""
     config, shapes = request.config, request.shapes
-    mesh = sharding.make_mesh(request.mesh, config, topology.devices(request.chips))
-    if mesh.size != request.chips.count:
-        raise UserError(
-            f"--mesh {request.mesh} takes {mesh.size} chips, but {request.chips.name} has "
-            f"{request.chips.count}; the sizes multiplied must give the number of chips"
-        )
+    mesh = make_mesh(request.mesh, config, request.chips)
     if request.batch % mesh.shape["data"]:
         raise UserError(
             f"--batch {request.batch} cannot be split over data={mesh.shape['data']} evenly; "
@@ -124,6 +119,17 @@ def make_arrays(request: Request) -> Arrays:
         params=sharding.placed(params, sharding.shardings(params, mesh)),
         cache=sharding.placed(layers, places),
     )
+
+
+def make_mesh(sizes: str, config: LlamaConfig, chips: Slice) -> Mesh:
+    """The mesh of all chips. Raises `UserError` where `sizes` say another number."""
+    mesh = sharding.make_mesh(sizes, config, topology.devices(chips))
+    if mesh.size != chips.count:
+        raise UserError(
+            f"--mesh {sizes} takes {mesh.size} chips, but {chips.name} has {chips.count}; the "
+            "sizes multiplied must give the number of chips"
+        )
+    return mesh
 
 
 def default_mesh(config: LlamaConfig, chips: Slice, batch: int) -> str:
@@ -172,12 +178,13 @@ def compile_all(request: Request, arrays: Arrays) -> tuple[dict[str, Compiled], 
         lowered = lower_programs(request.config, arrays.params, request.shapes)
         try:
             with ThreadPoolExecutor() as pool:  # XLA compiles without the interpreter lock
-                tasks = {name: pool.submit(_compile, name, lowered[name]) for name in lowered}
+                tasks = {
+                    name: pool.submit(compile_program, lowered[name], PROGRAMS[name])
+                    for name in lowered
+                }
             programs = {name: task.result() for name, task in tasks.items()}
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return {}, str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+            return {}, too_large(error)
     prefill = programs["start"]
     if "extend" in programs:
         chunks = math.ceil(request.prompt_tokens / request.shapes.chunk)
@@ -185,12 +192,13 @@ def compile_all(request: Request, arrays: Arrays) -> tuple[dict[str, Compiled], 
     return {"prefill": prefill, "decode": programs["decode"]}, None
 
 
-def _compile(name: str, lowered: Any) -> Compiled:
-    report(f"{PROG}: compiling {PROGRAMS[name]} ...")
+def compile_program(lowered: Any, what: str, prog: str = PROG) -> Compiled:
+    """Compiles what was lowered, and counts it; `what` is what to call it."""
+    report(f"{prog}: compiling {what} ...")
     began = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
-    report(f"{PROG}: compiled {PROGRAMS[name]} in {seconds:.1f} s")
+    report(f"{prog}: compiled {what} in {seconds:.1f} s")
     memory = compiled.memory_analysis()
     return Compiled(
         cost=hlo.analyze(compiled.as_text()),
@@ -205,6 +213,13 @@ def _compile(name: str, lowered: Any) -> Compiled:
     )
 
 
+def too_large(error: jax.errors.JaxRuntimeError) -> str:
+    """What a compiler says that finds too little memory; raises any other error again."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+
+
 # The plan
 
 
@@ -214,18 +229,18 @@ def plan(request: Request) -> dict[str, Any]:
     Figures that only a compiled program has are None without one.
     """
     arrays = make_arrays(request)
-    quantization, sizes, room = request.quantization, arrays.mesh.shape, request.chips.chip.memory
+    sizes, room = arrays.mesh.shape, request.chips.chip.memory
     resting = arrays.weights_bytes + arrays.cache_bytes
     compiled, reason = {}, None
     if resting > room:
-        reason = f"weights and cache alone take {_of_room(resting, room)}"
+        reason = f"weights and cache alone take {of_room(resting, room)}"
     else:
         compiled, reason = compile_all(request, arrays)
     worst = max(compiled.values(), key=lambda program: program.total_bytes, default=None)
     total = worst.total_bytes if worst else resting
     temporaries = worst.temp_bytes if worst else 0
     if worst and total > room:
-        reason = f"the programs take {_of_room(total, room)}"
+        reason = f"the programs take {of_room(total, room)}"
     least = functools.partial(arrays.least_bytes, request.config, request.batch)
     prompts = request.batch * request.prompt_tokens
     return {
@@ -234,10 +249,7 @@ def plan(request: Request) -> dict[str, Any]:
         "model": request.model,
         "chips": request.chips.name,
         "mesh": f"data={sizes['data']},tensor={sizes['tensor'] * sizes['query']}",
-        "quantize": quantization.kind if quantization else "none",
-        "quantize_embeddings": bool(quantization and quantization.embeddings),
-        "group_size": quantization and quantization.group_size,
-        "double_quantization": bool(quantization and quantization.double_quantization),
+        **quantization_fields(request.quantization),
         "dtype": request.dtype,
         "kv_cache": "int8" if request.int8_cache else request.dtype,
         "batch": request.batch,
@@ -260,7 +272,18 @@ def plan(request: Request) -> dict[str, Any]:
     }
 
 
-def _of_room(size: int, room: int) -> str:
+def quantization_fields(quantization: Quantization | None) -> dict[str, Any]:
+    """As they stand in a plan."""
+    return {
+        "quantize": quantization.kind if quantization else "none",
+        "quantize_embeddings": bool(quantization and quantization.embeddings),
+        "group_size": quantization and quantization.group_size,
+        "double_quantization": bool(quantization and quantization.double_quantization),
+    }
+
+
+def of_room(size: int, room: int) -> str:
+    """2.00 GB a chip of 16.91 GB"""
     return f"{format_bytes(size)} a chip of {format_bytes(room)}"
 
 
@@ -297,31 +320,34 @@ def peak_flops(chip: Chip, kind: str | None) -> float:
     return chip.int8_flops if kind in ("w8a8", "llm_int8") else chip.bf16_flops
 
 
-def find(args: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
+def find(
+    chips: str | None, plan_for: Callable[[Slice], dict[str, Any]], prog: str = PROG
+) -> dict[str, Any]:
     """The plan of the smallest slice, by memory, that fits; of the largest if none does.
 
-    Slices over which the model or the batch cannot be split are passed over. Raises `UserError`
-    if that is all of them.
+    Of all chips or of those of the kind `chips`. Slices for which `plan_for` raises `UserError`,
+    over which the model or the batch cannot be split, are passed over; it is raised if those are
+    all.
     """
-    if args.chips is not None and args.chips not in CHIPS:
+    if chips is not None and chips not in CHIPS:
         raise UserError(
-            f"--find searches all chips or those of a kind, but --chips is {args.chips}; "
+            f"--find searches all chips or those of a kind, but --chips is {chips}; "
             f"expected one of {', '.join(CHIPS)}"
         )
-    kinds = [CHIPS[args.chips]] if args.chips else list(CHIPS.values())
+    kinds = [CHIPS[chips]] if chips else list(CHIPS.values())
     if any(map(topology.installed, kinds)):
         kinds = [chip for chip in kinds if topology.installed(chip)]
     parts = [part for part in SLICES.values() if part.chip in kinds]
     result, problem = None, None
     for part in sorted(parts, key=lambda part: part.count * part.chip.memory):
         try:
-            result = plan(make_request(args, config, part))
+            result = plan_for(part)
         except UserError as error:
             problem = error
             continue
         if result["fits"]:
             break
-        report(f"{PROG}: {part.name} is too small: {result['reason']}")
+        report(f"{prog}: {part.name} is too small: {result['reason']}")
     if result is None:
         raise problem or UserError("no slice is known")
     return result
@@ -337,33 +363,46 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Say whether a model fits on some chips, and how fast it can at best be there.",
     )
     add = parser.add_argument
+    add_case(parser)
+    add("--mesh", **dict(FLAGS["--mesh"], help="data=2,tensor=8 (tensor takes all chips)"))
+    parser.add_shared("--kv-cache")
+    add("--dtype", **dict(FLAGS["--dtype"], default="bfloat16", help="(bfloat16)"))
+    add("--batch", type=int, default=1, metavar="N", help="rows (1)")
+    add("--context", type=int, metavar="N", help="tokens of a row, prompt included (the model's)")
+    add("--prompt-tokens", type=int, metavar="N", help=f"of a row (up to {PROMPT})")
+    args = parser.parse_args(arguments)
+    check_case(parser, args)
+    parser.refuse_below(args, batch=1, prompt_tokens=1)
+    return args
+
+
+def add_case(parser: ArgumentParser) -> None:
+    """Adds the flags of a planner that say which model and which chips."""
+    add = parser.add_argument
     add("--preset", metavar="NAME", help="a released model, llama-3.1-70b")
     add("--checkpoint", metavar="DIR", help="a model directory, of which only the config is read")
     add("--chips", metavar="NAME", help="a slice, v5e-16 or h100-8; without it all are listed")
     add(
         "--find", action="store_true", help="the smallest slice that fits, of all or of --chips v5e"
     )
-    add("--mesh", **dict(FLAGS["--mesh"], help="data=2,tensor=8 (tensor takes all chips)"))
     add("--quantize", choices=("none", *KINDS), default="none", help="weights (none)")
-    parser.add_shared(*QUANTIZATION_FLAGS, "--kv-cache")
-    add("--dtype", **dict(FLAGS["--dtype"], default="bfloat16", help="(bfloat16)"))
-    add("--batch", type=int, default=1, metavar="N", help="rows (1)")
-    add("--context", type=int, metavar="N", help="tokens of a row, prompt included (the model's)")
-    add("--prompt-tokens", type=int, metavar="N", help=f"of a row (up to {PROMPT})")
+    parser.add_shared(*QUANTIZATION_FLAGS)
     add("--json", action="store_true", help="one JSON object instead of text")
-    args = parser.parse_args(arguments)
+
+
+def check_case(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits where those flags do not go together."""
     if args.chips is None and not args.find:
         if args.preset or args.checkpoint:
             parser.error("no chips given; add --chips NAME, or --find for the smallest that fit")
-        return args
+        return
     if (args.preset is None) == (args.checkpoint is None):
         given = "both" if args.preset else "neither"
         parser.error(f"{given} of --preset and --checkpoint given, expected one of them")
-    parser.refuse_below(args, batch=1, prompt_tokens=1, group_size=2)
+    parser.refuse_below(args, group_size=2)
     for flag in QUANTIZATION_FLAGS:
         if args.quantize == "none" and getattr(args, flag.strip("-").replace("-", "_")):
             parser.error(f"{flag} is for --quantize; add a kind")
-    return args
 
 
 def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) -> Request:
@@ -405,34 +444,43 @@ def make_quantization(args: argparse.Namespace) -> Quantization | None:
 
 def describe(result: dict[str, Any]) -> str:
     """A plan for a person to read."""
-    part, memory = SLICES[result["chips"]], result["memory"]
+    part = SLICES[result["chips"]]
     rows, prompt = result["batch"], result["prompt_tokens"]
-    weights = ""
-    if result["quantize"] != "none":
-        covered = "weights and embeddings" if result["quantize_embeddings"] else "weights"
-        groups = f" in groups of {result['group_size']}" if result["group_size"] else ""
-        twice = " with int8 scales" if result["double_quantization"] else ""
-        weights = f"{result['quantize']} {covered}{groups}{twice}, "
-    verdict = f"does not fit: {result['reason']}"
-    if result["fits"]:
-        verdict = f"fits: {format_bytes(memory['total'])} of {format_bytes(memory['chip'])} a chip"
     return "\n".join(
         [
-            f"{result['model']}, {weights}{result['dtype']}, cache {result['kv_cache']}, "
+            f"{result['model']}, {describe_weights(result)}{result['dtype']}, "
+            f"cache {result['kv_cache']}, "
             f"batch {rows}, context {result['context']}, "
-            f"on {part.name}: {_plural(part.count, 'chip')}, {result['mesh']}",
-            verdict,
-            *(
-                f"  {kind:<12}{format_bytes(memory[kind]):>10}"
-                for kind in ("weights", "cache", "temporaries", "other")
-                if memory[kind]
-            ),
-            f"decode, a step of {_plural(rows, 'token')}",
+            f"on {part.name}: {plural(part.count, 'chip')}, {result['mesh']}",
+            *describe_memory(result, ("weights", "cache", "temporaries", "other")),
+            f"decode, a step of {plural(rows, 'token')}",
             *_describe(result["decode"], part.chip, result["quantize"]),
-            f"prefill of {_plural(rows, 'prompt')} of {_plural(prompt, 'token')}",
+            f"prefill of {plural(rows, 'prompt')} of {plural(prompt, 'token')}",
             *_describe(result["prefill"], part.chip, result["quantize"]),
         ]
     )
+
+
+def describe_weights(result: dict[str, Any]) -> str:
+    """How they are quantized, with a comma behind; nothing where they are not."""
+    if result["quantize"] == "none":
+        return ""
+    covered = "weights and embeddings" if result["quantize_embeddings"] else "weights"
+    groups = f" in groups of {result['group_size']}" if result["group_size"] else ""
+    twice = " with int8 scales" if result["double_quantization"] else ""
+    return f"{result['quantize']} {covered}{groups}{twice}, "
+
+
+def describe_memory(result: dict[str, Any], kinds: Iterable[str]) -> list[str]:
+    """Whether it fits, and a line for each kind of memory."""
+    memory = result["memory"]
+    verdict = f"does not fit: {result['reason']}"
+    if result["fits"]:
+        verdict = f"fits: {format_bytes(memory['total'])} of {format_bytes(memory['chip'])} a chip"
+    return [
+        verdict,
+        *(f"  {kind:<12}{format_bytes(memory[kind]):>10}" for kind in kinds if memory[kind]),
+    ]
 
 
 def _describe(program: dict[str, Any], chip: Chip, kind: str) -> list[str]:
@@ -452,23 +500,30 @@ def _describe(program: dict[str, Any], chip: Chip, kind: str) -> list[str]:
         f"  {format_bytes(moved)} a chip to and from memory, {beside}{once}",
         f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s, by "
         f"{chip.bandwidth / 1e9:,.0f} GB/s and {peak_flops(chip, kind) / 1e12:,.0f} TFLOP/s",
-        f"  collectives: {_counts(works.items())}{exchanged}",
+        f"  collectives: {counts(works.items())}{exchanged}",
     ]
-    if chip.clock:
-        cycles = program["estimated_cycles"]
-        others = sorted(program["unestimated"].items(), key=lambda work: -work[1]["bytes"])
-        lines.append(
-            f"  the compiler's estimate: {cycles / chip.clock * 1e3:.2f} ms ({cycles:,} cycles), "
-            f"which leaves out {_counts(others[:3])}"
-        )
-    return lines
+    return lines + describe_estimate(program, chip)
 
 
-def _counts(works: Iterable[tuple[str, dict[str, int]]]) -> str:
+def describe_estimate(program: dict[str, Any], chip: Chip) -> list[str]:
+    """A line with the compiler's estimate, where it makes one."""
+    if not chip.clock:
+        return []
+    cycles = program["estimated_cycles"]
+    others = sorted(program["unestimated"].items(), key=lambda work: -work[1]["bytes"])
+    return [
+        f"  the compiler's estimate: {cycles / chip.clock * 1e3:.2f} ms ({cycles:,} cycles), "
+        f"which leaves out {counts(others[:3])}"
+    ]
+
+
+def counts(works: Iterable[tuple[str, dict[str, int]]]) -> str:
+    """2 all-reduce, 1 all-gather"""
     return ", ".join(f"{work['count']} {kind}" for kind, work in works) or "none"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """1 chip, 8 chips"""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
@@ -498,7 +553,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # accelerators that are here are not needed
     config = get_preset(args.preset) if args.preset else checkpoint.load_config(args.checkpoint)
     if args.find:
-        result = find(args, config)
+        result = find(args.chips, lambda part: plan(make_request(args, config, part)))
     else:
         result = plan(make_request(args, config, topology.find_slice(str(args.chips))))
     print(json.dumps(result) if args.json else describe(result))

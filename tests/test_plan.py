@@ -464,19 +464,19 @@ def test_a_long_prompt_is_read_in_chunks():
 
 
 def test_a_compiler_that_runs_out_of_memory_is_no_traceback(monkeypatch):
-    def out_of_memory(name, lowered):
+    def out_of_memory(lowered, what):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.\nmore")
 
-    monkeypatch.setattr(plan, "_compile", out_of_memory)
+    monkeypatch.setattr(plan, "compile_program", out_of_memory)
     told = plan.plan(request("v5e-1"))
     assert told["fits"] is False
     assert told["reason"] == "Used 20G of 15.75G hbm."
     assert told["memory"]["total"] == told["memory"]["weights"] + told["memory"]["cache"]
     assert told["decode"]["compile_s"] is None
 
-    def broken(name, lowered):
+    def broken(lowered, what):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(plan, "_compile", broken)
+    monkeypatch.setattr(plan, "compile_program", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         plan.plan(request("v5e-1"))
