@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[convert,hf]'
+	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,train]'
 	touch $@
 
 # What tests need: the TPU and CUDA compilers too.
@@ -26,11 +26,12 @@ $(DEVELOP): $(READY)
 
 # By way of Meta's format, as a released checkpoint would come. Prerequisites behind the bar must
 # exist and may be newer: a finished directory is never made again.
-out/tiny-trained: | $(READY)
-	$(BIN)/python -m train.tiny --output $@
+out/tiny-trained/model: | $(READY)
+	rm -rf out/tiny-trained
+	$(BIN)/python -m train.tiny --output out/tiny-trained
 
-out/tiny-meta: | out/tiny-trained
-	$(BIN)/python -m convert.orbax_to_meta --checkpoint out/tiny-trained --output $@
+out/tiny-meta: | out/tiny-trained/model
+	$(BIN)/python -m convert.orbax_to_meta --checkpoint out/tiny-trained/model --output $@
 
 out/tiny: | out/tiny-meta
 	$(BIN)/python -m convert.meta_to_orbax --input out/tiny-meta --output $@ --verify

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracle import tiny
-from test_train_lora import losses, metrics, write_model, write_text
+from test_processes import free_port
+from test_train_lora import LOSS_RTOL, losses, metrics, write_model, write_text
 
+from llama_jax import sharding
+from llama_jax.checkpoint import abstract, load_params
 from llama_jax.errors import UserError
-from train import loop, lora
+from train import full, loop, lora
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.step import init_state
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(
@@ -35,6 +41,7 @@ LONG = ["--steps", str(STEPS), "--save-every", "3", "--validation", "0.2", "--ev
 def no_compilations_on_disk(monkeypatch):
     """Other tests must not see JAX's cache on disk."""
     monkeypatch.setattr(lora, "keep_compilations", lambda: None)
+    monkeypatch.setattr(full, "keep_compilations", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -260,16 +267,18 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_is_intact(given, tmp_path, 
     assert [line["step"] for line in metrics(tmp_path / "out")[0]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_disk_that_is_too_small_is_told_before_it_is_written(given, tmp_path, monkeypatch):
+    usage = loop.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    with pytest.raises(UserError, match="the disk is full; the last checkpoint is intact"):
+        run(given, tmp_path / "out", "--steps", "6", "--save-every", "2")
+    assert list((tmp_path / "out/checkpoints").iterdir()) == []
+
+
 def test_an_optimizers_arrays_lie_where_their_parameters_do():
     """8 devices hold an eighth of each moment; what has another shape is on all."""
-    from llama_jax import sharding
-    from train.optimizer import OptimizerConfig, make_optimizer
-    from train.step import init_state
-
     config = tiny(4, 4, dim=64, head_dim=16)
     mesh = sharding.make_mesh("fsdp=8", config)
-    from llama_jax.checkpoint import abstract
-
     params = abstract(config)
     for name, moments in (("adamw", 2), ("lion", 1), ("sgd", 1), ("adafactor", 0)):
         optimizer = make_optimizer(OptimizerConfig(name=name), 10, lambda _: True)
@@ -285,3 +294,89 @@ def test_an_optimizers_arrays_lie_where_their_parameters_do():
         assert all(np.prod(shape) == kernel.size // 8 for shape in split)
         per_layer = sum(leaf.shape == kernel.shape for leaf in jax.tree.leaves(params))
         assert len(split) >= (1 + moments) * per_layer
+
+
+# Two processes with four devices each
+
+DRIVER = """
+import json, sys
+import jax
+
+address, process, cases = sys.argv[1:]
+jax.distributed.initialize(
+    coordinator_address=address, num_processes=2, process_id=int(process)
+)
+from train import full, lora
+
+for command, arguments in json.loads(cases):
+    {"full": full, "lora": lora}[command].main(arguments)
+"""
+
+
+def start_two(folder, cases):
+    """Both processes, each running the commands one after the other."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+    }
+    address, started = f"127.0.0.1:{free_port()}", []
+    for process in range(2):
+        command = [sys.executable, "-c", DRIVER, address, str(process), json.dumps(cases)]
+        with open(folder / f"{process}.err", "w") as err:
+            started.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=err
+                )
+            )
+    return started
+
+
+def join_two(folder, started, status=0):
+    """What both wrote to standard error; fails unless both end with this status."""
+    end = time.monotonic() + 2 * SECONDS
+    # A process that fails leaves the other one waiting.
+    while any(process.poll() is None for process in started) and time.monotonic() < end:
+        if any(process.poll() not in (None, status) for process in started):
+            break
+        time.sleep(0.05)
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    errors = [(folder / f"{process}.err").read_text() for process in range(2)]
+    assert [process.returncode for process in started] == [status] * 2, "\n---\n".join(errors)
+    return errors
+
+
+def test_two_processes_have_the_losses_of_one(given, tmp_path):
+    """SIGTERM for one of them stops both at the same step; they go on from there."""
+    flags = ["--batch", "8", "--dropout", "0", "--accumulate", "1", "--steps", "40"]
+    flags += ["--validation", "0.2", "--eval-every", "20"]
+    adapters = [*given, *flags, "--mesh", "fsdp=8", "--output", str(tmp_path / "lora")]
+    whole = [*given, *flags, "--steps", "3", "--mesh", "data=2,fsdp=4"]
+    whole += ["--output", str(tmp_path / "full"), "--save-every", "2"]
+    started = start_two(tmp_path, [("full", whole), ("lora", adapters)])
+    wait_for_step(started[0], tmp_path / "lora", 3)
+    started[1].send_signal(signal.SIGTERM)
+    first, second = join_two(tmp_path, started, loop.TERMINATED)
+    # XLA notes that the signal came, and what it thinks of so small a model
+    assert [line for line in second.splitlines() if not re.match(r"W\d{4} ", line)] == []
+    step = int(first.splitlines()[-1].split()[3])
+    assert f"SIGTERM: saved step {step} of 40; go on with --resume" in first
+    assert (tmp_path / "lora/checkpoints" / str(step)).is_dir()
+    join_two(tmp_path, start_two(tmp_path, [("lora", [*adapters, "--resume"])]))
+
+    lora.main([*given, *flags, "--output", str(tmp_path / "lora alone")])
+    full.main([*given, *flags, "--steps", "3", "--output", str(tmp_path / "full alone")])
+    for name in ("lora", "full"):
+        together, alone = (metrics(tmp_path / folder) for folder in (name, f"{name} alone"))
+        for ours, theirs, key in zip(together, alone, ("loss", "validation_loss"), strict=True):
+            assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+            np.testing.assert_allclose(
+                [line[key] for line in ours], [line[key] for line in theirs], rtol=LOSS_RTOL
+            )
+    models = [load_params(tmp_path / name / "model") for name in ("full", "full alone")]
+    for ours, theirs in zip(*map(jax.tree.leaves, models), strict=True):
+        assert np.mean(np.abs(np.asarray(ours) - np.asarray(theirs)) > 1e-5) < 0.01

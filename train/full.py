@@ -124,18 +124,24 @@ def new_source(args: argparse.Namespace, folder: Path) -> Source:
     config = flags.replaced(config, args.train_tokenizer)
 
     def params(mesh: Mesh | None) -> Params:
-        def make() -> Params:
-            tokens = jnp.zeros((1, 1), jnp.int32)
-            return Llama(config).init(jax.random.key(args.seed), tokens)["params"]
-
-        place: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        if mesh is not None:
-            place = sharding.shardings(jax.eval_shape(make), mesh)
-        return jax.jit(make, out_shardings=place)()
+        return new_params(config, args.seed, mesh)
 
     return Source(
         config, load_tokenizer(file), epath.Path(file), np.dtype(np.float32), params, str(config)
     )
+
+
+def new_params(config: LlamaConfig, seed: int, mesh: Mesh | None = None) -> Params:
+    """New float32 parameters on their devices, the same on any mesh."""
+
+    def make() -> Params:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return Llama(config).init(jax.random.key(seed), tokens)["params"]
+
+    place: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if mesh is not None:
+        place = sharding.shardings(jax.eval_shape(make), mesh)
+    return jax.jit(make, out_shardings=place)()
 
 
 def read_config(path: str) -> LlamaConfig:

@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -529,6 +530,7 @@ class Checkpoints:
     def save(self, step: int, state: State, position: Any, best: tuple[float, int] | None) -> None:
         """Begins to write a state. Raises what went wrong with the one before."""
         self.wait()  # the best parameters of which this state knows are there before it is
+        self._refuse_small_disk(state)
         for older in self._best.all_steps():
             if older < self._needed:
                 self._best.delete(older)
@@ -540,6 +542,14 @@ class Checkpoints:
             args=args.Composite(state=args.PyTreeSave(state), rest=args.JsonSave(rest)),
             force=True,
         )
+
+    def _refuse_small_disk(self, tree: Any) -> None:
+        """Raises what a disk that is full raises, before anything is written to it."""
+        if "://" in str(self._directory):
+            return
+        needed = sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.process_count()
+        if needed > shutil.disk_usage(self._directory).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def restore(self, state: State) -> tuple[State, Any, tuple[float, int] | None]:
         """The last state, the position of the data, the best validation loss and its step.
@@ -566,6 +576,8 @@ class Checkpoints:
 
     def save_best(self, step: int, trained: Params) -> None:
         """Begins to write the parameters that are best so far."""
+        self.wait()
+        self._refuse_small_disk(trained)
         self._best.save(step, args=self._ocp.args.PyTreeSave(trained), force=True)
 
     def restore_best(self, step: int, trained: Params) -> Params:
