@@ -529,12 +529,23 @@ def _uses(module: Module, computation: Computation, name: str, size: Measure) ->
         return sum(map(size, _leaves(value)))
     total = 0
     for user, i in computation.users.get(name, []):
-        if user.opcode in PASSING and isinstance(user.shape, Array):
+        if isinstance(user.shape, Array) and _passes(module, user):
             used = _uses(module, computation, user.name, size)
             total += used * value.bits // user.shape.bits
         else:
             total += _reads(module, computation, user, i, size)
     return total
+
+
+def _passes(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction in a fusion only passes on the elements of its one operand.
+
+    TPUs do a nested fusion of this kind, a copy into other tiles, for what is sliced behind it.
+    """
+    if instruction.opcode == "fusion":
+        inner = module.computations[instruction.called[0]].instructions.values()
+        return all(i.opcode == "parameter" or i.opcode in PASSING for i in inner)
+    return instruction.opcode in PASSING
 
 
 def _writes(
