@@ -825,8 +825,8 @@ def _trips(module: Module, computation: Computation, loop: Instruction) -> int |
 
     CPU and GPU programs state it. Otherwise the counters that start from constants are followed.
     """
-    if known := loop.config.get("known_trip_count"):
-        return int(known["n"])
+    if stated := loop.config.get("known_trip_count"):
+        return int(stated["n"])
     body, condition = (module.computations[name] for name in loop.called)
     begin = computation.instructions[loop.operands[0]]
     if begin.opcode != "tuple" or body.root.opcode != "tuple":

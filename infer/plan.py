@@ -213,7 +213,7 @@ def compile_program(lowered: Any, what: str, prog: str = PROG) -> Compiled:
     )
 
 
-def too_large(error: jax.errors.JaxRuntimeError) -> str:
+def too_large(error: Exception) -> str:
     """What a compiler says that finds too little memory; raises any other error again."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error

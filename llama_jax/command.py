@@ -5,12 +5,14 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llama_jax.errors import UserError
 
+JOIN_SECONDS = 120  # hosts are started at about the same time
 NVIDIA, GOOGLE = "0x10de", "0x1ae0"  # as vendors of PCI cards
 FLAGS: dict[str, dict[str, Any]] = {  # that mean the same in several commands
     "--quantize-embeddings": {"action": "store_true", "help": "the embedding and the head as well"},
@@ -94,7 +96,12 @@ def join_processes() -> None:
     if not (asked or GOOGLE in _cards(Path("/"))) or jax.distributed.is_initialized():
         return
     try:
-        jax.distributed.initialize()
+        with _deadline(
+            JOIN_SECONDS,
+            f"the other hosts of this run have not joined within {JOIN_SECONDS} s; start the same "
+            "command on every one of them (gcloud ... tpu-vm ssh NAME --worker=all), all at once",
+        ):
+            jax.distributed.initialize(initialization_timeout=2 * JOIN_SECONDS)
     except ValueError as error:  # what it needs to know and does not find
         if not asked:
             raise
@@ -102,6 +109,26 @@ def join_processes() -> None:
             f"JAX_COORDINATOR_ADDRESS is set, but not which process this is ({error}); start it by a "
             "launcher such as Slurm or Open MPI, or unset it"
         ) from None
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, message: str) -> Iterator[None]:
+    """Ends the process with one line and status 2 if what is within takes longer.
+
+    `jax.distributed` waits where no exception reaches it, and then aborts with a trace of its C++.
+    """
+
+    def end() -> None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def default_dtype(given: str | None) -> str | None:

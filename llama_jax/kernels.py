@@ -69,7 +69,6 @@ def splash_causal(
     trace.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BKTH.shape[1]
     block = min(CAUSAL_BLOCK, 1 << (T - 1).bit_length())
     padding = -T % block
     rows = 1 if segments_BT is None else B  # else the rows are heads of the kernel like others
@@ -244,9 +243,7 @@ def triton_segments(
     T = q_BTNH.shape[1]
     padding = -T % SMALLEST
     q_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    k_BKTH, v_BKTH = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (k_BKTH, v_BKTH)
-    )
+    k_BKTH, v_BKTH = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (k_BKTH, v_BKTH))
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, padding)))
     return _triton(q_BTNH, k_BKTH, v_BKTH, segments_BT, interpret)[:, :T]
 

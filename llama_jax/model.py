@@ -228,8 +228,8 @@ class Llama(nn.Module):
 def segment_positions(segments_BT: jax.Array) -> jax.Array:
     """Positions that begin at 0 where the segment changes.
 
-      segments   1 1 1 2 2 0 0
-      positions  0 1 2 0 1 0 1
+    segments   1 1 1 2 2 0 0
+    positions  0 1 2 0 1 0 1
     """
     index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1])[None], segments_BT.shape)
     begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))

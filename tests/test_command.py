@@ -9,7 +9,6 @@ import jax
 import pytest
 
 from llama_jax import command
-from llama_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,7 +102,7 @@ def test_only_a_tpu_joins_processes_by_itself(bare, monkeypatch, tmp_path, node)
     joined = []
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     monkeypatch.setattr(command, "Path", lambda _: tmp_path)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda: joined.append(True))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: joined.append(True))
     path = tmp_path / "dev" / node
     path.parent.mkdir(parents=True)
     path.touch()
@@ -127,3 +126,21 @@ def test_a_coordinator_without_a_launcher_is_one_line():
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "but not which process this is" in result.stderr
+
+
+def test_a_host_that_waits_for_others_in_vain_is_one_line():
+    """What waits is out of reach of exceptions, so this is a process of its own."""
+    code = (
+        "import time, jax\n"
+        "from llama_jax import command\n"
+        "command.JOIN_SECONDS = 0.2\n"
+        "jax.distributed.initialize = lambda **_: time.sleep(60)\n"
+        "command.run(lambda arguments: command.join_processes(), 'test')"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "the other hosts of this run have not joined within 0.2 s" in result.stderr

@@ -41,7 +41,6 @@ def add_shared(
     add("--validation", metavar="FILE", help="data file, or a share of --data such as 0.1 (none)")
     add("--eval-every", type=int, metavar="N", help="steps between validations (a tenth of all)")
     add("--seq-len", type=int, metavar="N", help="tokens of a row (1024, or the context)")
-    add("--no-packing", action="store_true", help="one sample a row; otherwise they share rows")
     add("--batch", type=int, default=8, metavar="N", help="rows at once, over all devices (8)")
     add("--accumulate", type=int, default=1, metavar="N", help="batches to a step (1)")
     add("--epochs", type=int, metavar="N", help="times through the data (1)")

@@ -71,6 +71,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--chat", action="store_true", help="write Alpaca rows as chats of the model's format")
     add("--train-on-prompts", action="store_true", help="learn questions as well as answers")
+    add("--no-packing", action="store_true", help="one sample a row; otherwise they share rows")
     flags.add_shared(
         parser,
         learning_rate="0.00001; from scratch 0.001",

@@ -5,8 +5,8 @@ and optimizer are float32, whatever is computed in.
 """
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -15,22 +15,42 @@ from llama_jax import lora, sharding
 from llama_jax.adapter import fingerprint, save_adapter
 from llama_jax.checkpoint import load_config, load_params
 from llama_jax.command import ArgumentParser, join_processes, keep_compilations, run
+from llama_jax.config import LlamaConfig
 from llama_jax.lora import LoraConfig
 from llama_jax.model import Params
 from llama_jax.quant import GROUPED, KINDS, Quantization
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from train import flags
-from train.data import pack, read
+from train.data import Counts, Rows, pack, read
 from train.loop import Task, fit
-from train.losses import next_token
+from train.losses import Loss, next_token
 from train.stacked import stack_layers
 
 PROG = "train.lora"
+T = TypeVar("T")  # what a data file is read to
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 and one line on a mistake."""
     parser = ArgumentParser(prog=PROG, description="Train adapters (LoRA) for a model.")
+    add_adapters(parser)
+    add = parser.add_argument
+    add("--chat", action="store_true", help="write Alpaca rows as chats of the model's format")
+    add("--train-on-prompts", action="store_true", help="learn questions as well as answers")
+    add("--no-packing", action="store_true", help="one sample a row; otherwise they share rows")
+    flags.add_shared(
+        parser,
+        learning_rate="0.0002",
+        weight_decay="0",
+        formats="Alpaca or chat rows (.json, .jsonl), or plain text (.txt)",
+    )
+    args = parser.parse_args(arguments)
+    check_adapters(parser, args)
+    return args
+
+
+def add_adapters(parser: ArgumentParser) -> None:
+    """Adds the flags of the base and its adapters."""
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", required=True, help="model directory, the base")
     add("--targets", default="q,v", metavar="NAMES", help="of q,k,v,o,gate,up,down, or all (q,v)")
@@ -39,15 +59,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rslora", action="store_true", help="scale is alpha / sqrt(rank), for high ranks")
     add("--quantize", choices=("none", *KINDS), default="none", help="the base (as stored)")
     parser.add_shared("--group-size", "--double-quantization")
-    add("--chat", action="store_true", help="write Alpaca rows as chats of the model's format")
-    add("--train-on-prompts", action="store_true", help="learn questions as well as answers")
-    flags.add_shared(
-        parser,
-        learning_rate="0.0002",
-        weight_decay="0",
-        formats="Alpaca or chat rows (.json, .jsonl), or plain text (.txt)",
-    )
-    args = parser.parse_args(arguments)
+
+
+def check_adapters(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits for values that cannot be."""
     flags.check_shared(parser, args)
     for flag, given, kinds in (
         ("--group-size", args.group_size, GROUPED),
@@ -55,7 +70,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ):
         if given and args.quantize not in kinds:
             parser.error(f"{flag} is for --quantize {' or '.join(kinds)}")
-    return args
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
@@ -97,9 +111,16 @@ def new_adapters(
     return lora.split(lora.attach(base, jax.jit(make, out_shardings=place)()))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; raises `UserError` for what the user can mend."""
-    args = parse(arguments)
+def train_adapters(
+    args: argparse.Namespace,
+    read: Callable[[str, Tokenizer, LlamaConfig], tuple[list[T], Counts]],
+    pack: Callable[[Sequence[T]], Rows],
+    loss: Callable[[LlamaConfig], Loss],
+    *,
+    learning_rate: float,
+    perplexity: bool,
+) -> None:
+    """Trains adapters on what `read` and `pack` make of the data files, for `loss`."""
     adapters = lora_config(args)
     quantize = quantization(args)
     flags.refuse_taken(args)
@@ -109,18 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.checkpoint)
     args.seq_len = flags.seq_len(args, config)
     mesh = flags.make_mesh(args, config)
-    rows, validation = flags.read_all(
-        args,
-        lambda path: read(
-            path,
-            tokenizer,
-            config,
-            seq_len=args.seq_len,
-            chat=args.chat,
-            train_on_prompts=args.train_on_prompts,
-        ),
-        lambda samples: pack(samples, args.seq_len, packing=not args.no_packing),
-    )
+    rows, validation = flags.read_all(args, lambda path: read(path, tokenizer, config), pack)
     steps, epochs = flags.count_steps(args, rows)
     mark = fingerprint(args.checkpoint)
     settings = flags.make_run(args, "adapter", rows, validation, steps, mark)
@@ -137,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     fit(
         Task(
-            loss=next_token(config, remat=args.remat),
+            loss=loss(config),
             trained=trained,
             frozen=frozen,
             optimizer=flags.optimizer_config(
-                args, steps, learning_rate=2e-4, weight_decay=0.0, b2=0.999
+                args, steps, learning_rate=learning_rate, weight_decay=0.0, b2=0.999
             ),
             rows=rows,
             validation=validation,
@@ -156,10 +166,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flops=flags.flops_per_token(
                 config, args.seq_len, sum(x.size for x in jax.tree.leaves(trained))
             ),
+            perplexity=perplexity,
         ),
         settings,
         save,
         flags.texts(tokenizer),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; raises `UserError` for what the user can mend."""
+    args = parse(arguments)
+    train_adapters(
+        args,
+        lambda path, tokenizer, config: read(
+            path,
+            tokenizer,
+            config,
+            seq_len=args.seq_len,
+            chat=args.chat,
+            train_on_prompts=args.train_on_prompts,
+        ),
+        lambda samples: pack(samples, args.seq_len, packing=not args.no_packing),
+        lambda config: next_token(config, remat=args.remat),
+        learning_rate=2e-4,
+        perplexity=True,
     )
 
 
