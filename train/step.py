@@ -94,15 +94,19 @@ def make_step(
         return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
     def step(state: State, frozen: Params, window: Batch) -> tuple[State, Metrics]:
-        count = window["tokens"].shape[0]
-
         def add(sums: Any, micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
             index, batch = micro
             return jax.tree.map(jnp.add, sums, gradient(state, frozen, batch, index)), None
 
-        first = gradient(state, frozen, jax.tree.map(lambda x: x[0], window), jnp.int32(0))
-        rest = jnp.arange(1, count), jax.tree.map(lambda x: x[1:], window)
-        (gradients, (total, weight, seen)), _ = jax.lax.scan(add, first, rest)
+        count = window["tokens"].shape[0]
+        index, first = jnp.int32(0), jax.tree.map(lambda x: x[0], window)
+        if count == 1:
+            sums = gradient(state, frozen, first, index)
+        else:
+            shapes = jax.eval_shape(gradient, state, frozen, first, index)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            sums, _ = jax.lax.scan(add, zeros, (jnp.arange(count), window))
+        gradients, (total, weight, seen) = sums
         divisor = counted = jnp.maximum(weight, 1)
         if state.loss_scale is not None:
             divisor *= state.loss_scale.scale / window["tokens"][0].size
