@@ -39,8 +39,9 @@ out/tiny: | out/tiny-meta
 sample: $(READY) out/tiny
 	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)" --echo --max-new-tokens 100
 
+# A file's tests stay together: they share what they compile.
 test: $(DEVELOP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(DEVELOP)
 	$(BIN)/ruff format --check .
