@@ -317,7 +317,7 @@ def test_packed_samples_cost_what_they_cost_alone():
         rows = pack(samples, 16, packing=packing)
         (batch,) = in_order(rows, len(rows) + 1)  # one row is filler
         totals.append(loss(params, jax.tree.map(jnp.asarray, batch), None))
-    (packed, weight), (alone, weight_alone) = totals
+    (packed, weight, _), (alone, weight_alone, _) = totals
     assert weight == weight_alone == sum(s.counts.sum() for s in samples)
     np.testing.assert_allclose(packed, alone, rtol=1e-5)
 
