@@ -112,7 +112,7 @@ def test_blocks_hold_at_most_the_logits_that_they_may():
     assert losses._blocks(7, 2 * losses.LOGITS) == 7  # a single position may be too much already
 
 
-@pytest.mark.parametrize(("kind", "remat"), zip([None, "int8", "nf4"], REMAT, strict=True))
+@pytest.mark.parametrize(("kind", "remat"), list(zip([None, "int8", "nf4"], REMAT, strict=True)))
 def test_rematerialized_and_stacked_layers_give_the_same_gradient(params, kind, remat):
     """Adapters on any base, with dropout off."""
     base = Quantization(kind)(params) if kind else params
