@@ -34,30 +34,15 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.shape import CONFIG
 from convert.names import weights
 from infer.generate import compile_programs, request_shapes, stream
 from infer.sampling import settings
 from llama_jax.checkpoint import nested, save_model
-from llama_jax.config import LlamaConfig
 from llama_jax.quant import Quantization
 from llama_jax.tokenizer import N_SPECIAL
 
 ROOT = Path(__file__).parents[1]
-CONFIG = LlamaConfig(
-    vocab_size=32000,
-    dim=768,
-    n_layers=12,
-    n_heads=12,
-    n_kv_heads=12,
-    head_dim=64,
-    mlp_dim=2048,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    context=2048,
-    tie_embeddings=True,
-    version="2",
-)
 PROMPT = 64
 READ = torch.ones(1 << 28)
 THEIR_STARTUP = """

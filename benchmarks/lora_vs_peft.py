@@ -22,25 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.config import LlamaConfig
+from benchmarks.shape import CONFIG
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 ROOT = Path(__file__).parents[1]
-CONFIG = LlamaConfig(
-    vocab_size=32000,
-    dim=768,
-    n_layers=12,
-    n_heads=12,
-    n_kv_heads=12,
-    head_dim=64,
-    mlp_dim=2048,
-    norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    context=2048,
-    tie_embeddings=False,
-    version="2",
-)
 RANK, ALPHA, RATE, CLIP = 16, 32.0, 2e-4, 1.0
 SIDES = "llama_jax", "peft"
 

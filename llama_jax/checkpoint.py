@@ -605,7 +605,7 @@ def save_tree(
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunks), tree)
     alone = _alone(ocp)
     handler = _handler(ocp, progress, alone)
-    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         checkpointer.save(directory, ocp.args.PyTreeSave(tree, save_args))
 
 
@@ -652,7 +652,7 @@ def open_tree(directory: epath.Path) -> Params:
 
         import orbax.checkpoint as ocp
 
-        with _quiet():
+        with quiet():
             return _abstract(ocp.PyTreeCheckpointHandler().metadata(directory).tree)
 
 
@@ -711,7 +711,7 @@ def _restore(directory: epath.Path, stored: Params, dtype: Any, shardings: Any) 
         restore_args = jax.tree.map(how, stored, shardings)
     arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore=True)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    with _quiet(), _damage_is_user_error(directory), checkpointer:
+    with quiet(), _damage_is_user_error(directory), checkpointer:
         return checkpointer.restore(directory, arguments)
 
 
@@ -885,7 +885,7 @@ def _damage_is_user_error(directory: epath.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Orbax's notes, and its tracebacks of errors that we report, from the user's terminal."""
     logger = logging.getLogger("absl")
     level = logger.level

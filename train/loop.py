@@ -18,7 +18,6 @@ import contextlib
 import errno
 import functools
 import json
-import logging
 import math
 import os
 import shutil
@@ -34,7 +33,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax import lora, sharding
-from llama_jax.checkpoint import format_bytes, refuse_small_memory
+from llama_jax.checkpoint import format_bytes, quiet, refuse_small_memory
 from llama_jax.command import is_first_process, report
 from llama_jax.errors import UserError
 from llama_jax.model import Params
@@ -165,7 +164,7 @@ def fit(
     directory = run.directory
     _begin(run)
     with (
-        _quiet(),
+        quiet(),
         _full_disk(directory),
         Checkpoints(directory, run.keep) as checkpoints,
         Sight(directory, task.steps, task.flops, program.devices, run.tensorboard) as sight,
@@ -680,15 +679,3 @@ def _said(error: BaseException | None) -> Iterator[str]:
     while error is not None:
         yield str(error)
         error = error.__cause__ or error.__context__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's notes, and its tracebacks of errors that we report, from the terminal."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
