@@ -1,7 +1,6 @@
 """The flags that all training commands share, and what they mean for the loop."""
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -65,6 +64,14 @@ def add_shared(
     add("--keep", type=int, default=2, metavar="N", help="checkpoints that are kept (2)")
     add("--tensorboard", action="store_true", help="write DIR/tensorboard as well")
     add("--plot", metavar="FILE", help="write the loss curve as .png, .pdf or .svg")
+
+
+def add_rows(parser: ArgumentParser) -> None:
+    """Adds the flags of what is made of a data file where next tokens are learnt."""
+    add = parser.add_argument
+    add("--chat", action="store_true", help="write Alpaca rows as chats of the model's format")
+    add("--train-on-prompts", action="store_true", help="learn questions as well as answers")
+    add("--no-packing", action="store_true", help="one sample a row; otherwise they share rows")
 
 
 def check_shared(parser: ArgumentParser, args: argparse.Namespace) -> None:
@@ -244,7 +251,3 @@ def flops_per_token(config: LlamaConfig, seq_len: int, adapters: int | None) -> 
     passes = 3 if adapters is None else 2  # forward, to the activations, to the weights
     attention = 3 * 2 * seq_len * config.n_layers * config.n_heads * config.head_dim
     return 2.0 * passes * weights + attention + 6 * (adapters or 0)
-
-
-def replaced(config: LlamaConfig, vocab_size: int) -> LlamaConfig:
-    return dataclasses.replace(config, vocab_size=vocab_size)

@@ -6,6 +6,7 @@ optimizer are float32, whatever is computed in.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import tempfile
@@ -69,9 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         help="of the result (as the checkpoint; from scratch float32)",
     )
-    add("--chat", action="store_true", help="write Alpaca rows as chats of the model's format")
-    add("--train-on-prompts", action="store_true", help="learn questions as well as answers")
-    add("--no-packing", action="store_true", help="one sample a row; otherwise they share rows")
+    flags.add_rows(parser)
     flags.add_shared(
         parser,
         learning_rate="0.00001; from scratch 0.001",
@@ -122,7 +121,7 @@ def new_source(args: argparse.Namespace, folder: Path) -> Source:
     config = get_preset(args.preset) if args.preset else read_config(args.config)
     file = folder / "tokenizer.model"
     file.write_bytes(train_tokenizer(args.data, args.train_tokenizer))
-    config = flags.replaced(config, args.train_tokenizer)
+    config = dataclasses.replace(config, vocab_size=args.train_tokenizer)
 
     def params(mesh: Mesh | None) -> Params:
         return new_params(config, args.seed, mesh)

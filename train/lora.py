@@ -34,10 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 and one line on a mistake."""
     parser = ArgumentParser(prog=PROG, description="Train adapters (LoRA) for a model.")
     add_adapters(parser)
-    add = parser.add_argument
-    add("--chat", action="store_true", help="write Alpaca rows as chats of the model's format")
-    add("--train-on-prompts", action="store_true", help="learn questions as well as answers")
-    add("--no-packing", action="store_true", help="one sample a row; otherwise they share rows")
+    flags.add_rows(parser)
     flags.add_shared(
         parser,
         learning_rate="0.0002",
