@@ -717,8 +717,14 @@ def _restore(directory: epath.Path, stored: Params, dtype: Any, shardings: Any) 
 
 def _map_array(directory: epath.Path) -> np.ndarray | None:
     """The zarr array `directory` mapped into memory, or None unless it is one raw local file."""
-    if not _is_local(directory) or not (directory / ".zarray").exists():
+    if not _is_local(directory):
         return None
+    if not (directory / ".zarray").exists():
+        others = directory / "zarr.json", directory.parent / "manifest.ocdbt"
+        if any(file.exists() for file in others):
+            return None
+        # Of the arrays that are read at once, Orbax leaves the others behind when one fails.
+        raise FileNotFoundError(f"{directory / '.zarray'} is missing")
     zarray = json.loads((directory / ".zarray").read_bytes())
     shape = tuple(zarray["shape"])
     keys = "compressor", "filters", "order", "dimension_separator", "chunks"
