@@ -18,6 +18,7 @@ from llama_jax.sharding import on_shards
 
 MASKED = -1e30  # its weight is exactly 0, as every query sees at least itself
 BLOCK = 512  # cached positions that the plain form reads at once for more than one query
+QUERY_BLOCKS, LEAST_QUERIES = 4, 128  # parts, and their least size, of queries without a cache
 DECODE_ROOM = 1024  # least S for which a decode step on TPU or GPU takes a kernel
 
 Arrays = tuple[jax.Array, jax.Array]  # keys and values that are not quantized
@@ -111,14 +112,10 @@ def _ungrouped(out_BKGTH: jax.Array) -> jax.Array:
     return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, K * G, H)
 
 
-def _new_scores(
-    q_BTKGH: jax.Array, k_BKTH: jax.Array, segments_BT: jax.Array | None = None
-) -> jax.Array:
+def _new_scores(q_BTKGH: jax.Array, k_BKTH: jax.Array) -> jax.Array:
     T = q_BTKGH.shape[1]
-    seen_BTT = jnp.tril(jnp.ones((T, T), bool))[None]
-    if segments_BT is not None:
-        seen_BTT = seen_BTT & (segments_BT[:, :, None] == segments_BT[:, None])
-    return jnp.where(seen_BTT[:, None, None], scores(q_BTKGH, k_BKTH), MASKED)
+    seen_TT = jnp.tril(jnp.ones((T, T), bool))
+    return jnp.where(seen_TT[None, None, None], scores(q_BTKGH, k_BKTH), MASKED)
 
 
 def _whole(
@@ -129,12 +126,12 @@ def _whole(
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """All scores of a query at once, over all the room of the cache."""
+    if cached is None:
+        return _causal(q_BTNH, *new, segments_BT)
     dtype = q_BTNH.dtype
     k_BKTH, v_BKTH = new
     q_BTKGH = _grouped(q_BTNH, k_BKTH.shape[1])
-    scores_BKGTS = _new_scores(q_BTKGH, k_BKTH, segments_BT)
-    if cached is None:
-        return _ungrouped(mix(jax.nn.softmax(scores_BKGTS), v_BKTH, dtype))
+    scores_BKGTS = _new_scores(q_BTKGH, k_BKTH)
     k_BKSH, v_BKSH = cached
     S = k_BKSH.shape[2]
     filled_BS = jnp.arange(S)[None] < length_B[:, None]
@@ -142,6 +139,32 @@ def _whole(
     weights = jax.nn.softmax(jnp.concatenate([past_BKGTS, scores_BKGTS], axis=-1))
     out_BKGTH = mix(weights[..., :S], v_BKSH, dtype) + mix(weights[..., S:], v_BKTH, dtype)
     return _ungrouped(out_BKGTH)
+
+
+def _causal(
+    q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+    """Without a cache: some queries at a time, with the keys up to the last of them.
+
+    The products are divided by the sum of weights, not the weights: a pass over [T, S] less.
+    """
+    dtype = q_BTNH.dtype
+    q_BTKGH = _grouped(q_BTNH, k_BKTH.shape[1])
+    T = q_BTNH.shape[1]
+    block = max(LEAST_QUERIES, -(-T // QUERY_BLOCKS))
+    out = []
+    for begin in range(0, T, block):
+        end = min(begin + block, T)
+        seen_BTS = jnp.tril(jnp.ones((end - begin, end), bool), begin)[None]
+        if segments_BT is not None:
+            seen_BTS &= segments_BT[:, begin:end, None] == segments_BT[:, None, :end]
+        scores_BKGTS = scores(q_BTKGH[:, begin:end], k_BKTH[:, :, :end])
+        scores_BKGTS += jnp.where(seen_BTS, 0.0, MASKED)[:, None, None]
+        largest = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
+        weights = jnp.exp(scores_BKGTS - largest)
+        mixed = mix(weights, v_BKTH[:, :, :end], dtype, jnp.float32)
+        out.append((mixed / weights.sum(-1, keepdims=True)).astype(dtype))
+    return _ungrouped(jnp.concatenate(out, axis=3))
 
 
 def _slice(entries: Any, begin: jax.Array) -> Any:

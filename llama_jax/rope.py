@@ -5,6 +5,8 @@ adjacent pairs instead; the converter permutes the rows of q and k, so that the 
 Angles are float32: bfloat16 would round position 257 to 256.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +40,21 @@ def _scale(f: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def rotations(config: LlamaConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every angle, each float32 [B, T, 1, H/2] (1 for the heads)."""
-    f = frequencies(config)[None, None, None]
-    angles = positions_BT[..., None, None].astype(jnp.float32) * f
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosines and sines of every angle, each float32 [B, T, 1, H/2] (1 for the heads).
+
+    On CPU by a loop over the rows: XLA would take what is no loop into the fusions of all layers,
+    and compute it for every head anew.
+    """
+    f = frequencies(config)[None, None]
+
+    def row(positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angles = positions_T[:, None, None].astype(jnp.float32) * f
+        return jnp.cos(angles), jnp.sin(angles)
+
+    if positions_BT.shape[1] == 1:
+        return jax.vmap(row)(positions_BT)
+    by_row = functools.partial(jax.lax.map, row)
+    return jax.lax.platform_dependent(positions_BT, cpu=by_row, default=jax.vmap(row))
 
 
 def rotate(x_BTNH: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:

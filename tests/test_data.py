@@ -182,6 +182,7 @@ def test_a_plain_text_is_cut_into_windows_that_predict_each_token_once(tokenizer
     assert counts == data.Counts(len(samples), 0, 0, len(ids), len(ids))
     rows = pack(samples, 16)
     assert rows.tokens.ravel()[: len(ids)].tolist() == [tokenizers["3"].bos_id, *ids[:-1]]
+    assert rows.one_text
 
 
 def test_a_byte_order_mark_is_no_text(tokenizers, write):
@@ -357,6 +358,30 @@ def test_each_epoch_has_all_rows_once_in_an_order_of_its_own():
     assert (seen(batches(rows, 2, seed=9, epochs=3)) != orders.ravel()).any()
     larger = seen(batches(rows, 6, seed=3, epochs=3))  # nor does the order depend on the batch
     np.testing.assert_array_equal(larger, orders.ravel())
+
+
+@pytest.mark.parametrize("length", [25, 27, 28])  # of ids; the last row is full, or not
+def test_one_text_is_cut_elsewhere_in_every_epoch(length):
+    ids = np.arange(1, length + 1, dtype=np.int32)
+    windows = [ids[i : i + 5] for i in range(0, length - 1, 4)]
+    rows = pack([Sample(w, np.arange(len(w)) > 0, continues=w[0] > 1) for w in windows], 4)
+    seen = list(batches(rows, 1, seed=0, epochs=12))
+    assert len(seen) == 12 * len(rows)
+    beginnings = []
+    for i in range(0, len(seen), len(rows)):
+        epoch = {
+            name: np.stack([w[name][0, 0] for w in seen[i : i + len(rows)]]) for name in data.FIELDS
+        }
+        counts = epoch["weights"] > 0
+        np.testing.assert_array_equal(counts, epoch["segments"] > 0)
+        np.testing.assert_array_equal(epoch["tokens"][counts] + 1, epoch["targets"][counts])
+        np.testing.assert_array_equal(np.sort(epoch["tokens"][counts]), ids[:-1])
+        beginnings.append(frozenset(epoch["tokens"][:, 0]))
+        for tokens, segments in zip(epoch["tokens"], epoch["segments"], strict=True):
+            for number in set(segments) - {0}:  # what sees each other stands together in the text
+                assert (np.diff(tokens[segments == number]) == 1).all()
+    assert beginnings[0] == set(ids[:-1:4])
+    assert len(set(beginnings)) == 4
 
 
 def test_the_last_window_is_filled_with_rows_that_do_not_count():

@@ -3,7 +3,8 @@
   read, read_preferences   a file to samples: token ids, and which of them are to be learnt
   split                    the last samples for validation
   pack, pack_pairs         samples to rows of one length, several short texts in a row
-  batches                  rows, shuffled every epoch, as windows of micro-batches (by Grain)
+  batches                  rows, shuffled every epoch, as windows of micro-batches (by Grain);
+                           a plain text is cut elsewhere in every epoch
   in_order                 rows once, for an evaluation
 
 Four formats, told by suffix and by the keys of the first row:
@@ -61,6 +62,7 @@ class Sample:
 
     ids: np.ndarray  # int32 [n], at most seq_len + 1
     counts: np.ndarray  # bool [n]: whether predicting this token counts; nothing predicts the first
+    continues: bool = False  # the text of the sample before: its last token is the first of this
 
 
 Pair = tuple[Sample, Sample]  # chosen, rejected
@@ -94,6 +96,7 @@ class Rows:
     weights: np.ndarray
     segments: np.ndarray
     together: int = 1  # so many rows after each other are one example: 2 for a preference
+    one_text: bool = False  # which goes on from row to row
 
     def __len__(self) -> int:
         """How many examples: what is shuffled, and what a batch size counts."""
@@ -273,7 +276,7 @@ def _read_plain(text: str, tokenizer: Tokenizer, seq_len: int) -> tuple[list[Sam
     samples = []
     for begin in range(0, len(ids) - 1, seq_len):
         window = ids[begin : begin + seq_len + 1]
-        samples.append(Sample(window, np.arange(len(window)) > 0))
+        samples.append(Sample(window, np.arange(len(window)) > 0, continues=begin > 0))
     return samples, _count(samples, len(samples), 0, 0)
 
 
@@ -538,7 +541,8 @@ def _lay_out(
             tokens[place], targets[place] = ids[:-1], ids[1:]
             weights[place], segments[place] = counts[1:], number
             begin += len(ids) - 1
-    return Rows(tokens, targets, weights, segments, together)
+    one_text = len(samples) > 1 and all(sample.continues for sample in samples[1:])
+    return Rows(tokens, targets, weights, segments, together, one_text)
 
 
 # Batches
@@ -557,7 +561,9 @@ def batches(
     """Windows of `micro` micro-batches, arrays [micro, batch_size // parts, T] (pairs: twice that).
 
     Each epoch has all rows once, in another order, and begins where the last one ended, perhaps
-    within a window. The last window of all is filled with rows of weight 0 and segment 0.
+    within a window. The last window of all is filled with rows of weight 0 and segment 0. Rows of
+    one text begin elsewhere in every epoch but the first, so that what stands in front of a token
+    differs; each token is still seen once.
 
     The order depends on `seed` alone. Of every micro-batch part i, which is a process, has the
     i-th share, so the parts side by side are what one process would have. `get_state()` of the
@@ -575,15 +581,23 @@ def batches(
         raise UserError(f"the seed is {seed}, expected 0 to {MAX_SEED}")
     grain = _import_grain()
 
-    def window(examples: Sequence[int]) -> Batch:
-        chosen = np.full(micro * batch_size, -1)
+    def place(index: int, example: int) -> tuple[int, int]:
+        epoch = index // len(rows)
+        if epoch == 0 or not rows.one_text:
+            return example, 0
+        return example, int(np.random.default_rng([seed, epoch]).integers(rows.tokens.shape[1]))
+
+    def window(examples: Sequence[tuple[int, int]]) -> Batch:
+        chosen = np.full((micro * batch_size, 2), (-1, 0))
         chosen[: len(examples)] = examples
-        return _take(rows, chosen.reshape(micro, parts, -1)[:, part])
+        own = chosen.reshape(micro, parts, -1, 2)[:, part]
+        return _take(rows, own[..., 0], own[..., 1])
 
     data = (
         grain.MapDataset.range(len(rows))
         .shuffle(seed)
         .repeat(FOREVER if epochs is None else epochs)
+        .map_with_index(place)
     )
     data = data.batch(micro * batch_size, batch_fn=window)
     # Rows are in memory: threads would only get in each other's way.
@@ -604,7 +618,7 @@ def in_order(rows: Rows, batch_size: int, *, part: int = 0, parts: int = 1) -> I
     _check_parts(batch_size, parts)
     examples = np.full((-(-len(rows) // batch_size), parts, batch_size // parts), -1)
     examples.flat[: len(rows)] = np.arange(len(rows))
-    return (_take(rows, chosen[part]) for chosen in examples)
+    return (_take(rows, chosen[part], np.zeros_like(chosen[part])) for chosen in examples)
 
 
 def _check_parts(batch_size: int, parts: int) -> None:
@@ -617,14 +631,21 @@ def _check_parts(batch_size: int, parts: int) -> None:
         raise UserError(f"a batch of {batch_size} rows does not divide among {parts} processes")
 
 
-def _take(rows: Rows, examples: np.ndarray) -> Batch:
-    """Rows of these examples [..., n], -1 standing for filler, as arrays [..., n * together, T]."""
-    index = examples[..., None] * rows.together + np.arange(rows.together)
-    index = index.reshape(*examples.shape[:-1], -1)
-    filler = np.repeat(examples < 0, rows.together, axis=-1)
-    batch = {name: getattr(rows, name)[index] for name in FIELDS}
+def _take(rows: Rows, examples: np.ndarray, shifts: np.ndarray) -> Batch:
+    """Rows of these examples [..., n], -1 standing for filler, as arrays [..., n * together, T].
+
+    A row with a shift [..., n] begins so many positions later, and the last one goes on with the
+    beginning of all, as a text of its own.
+    """
+    index, shifts = (np.repeat(x, rows.together, axis=-1)[..., None] for x in (examples, shifts))
+    R, T = rows.tokens.shape
+    row = index * rows.together + np.arange(index.shape[-2])[:, None] % rows.together
+    place = row * T + shifts + np.arange(T)
+    begins_anew = place >= R * T
+    batch = {name: getattr(rows, name).ravel()[place % (R * T)] for name in FIELDS}
+    batch["segments"] += begins_anew * (batch["segments"] > 0)
     for values in batch.values():
-        values[filler] = 0
+        values[index[..., 0] < 0] = 0
     return batch
 
 
