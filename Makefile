@@ -1,8 +1,9 @@
-# make sample   set up and generate text          make test   set up and run the tests
-# make setup    only set up                       make lint   what the continuous check runs first
+# make sample   generate text with the demo model     make test   run the tests
+# make setup    install all that commands need        make lint   what the continuous check runs first
+# Each installs first what it needs.
 
 PYTHON ?= python3.11
-PROMPT ?= Subject to the terms and conditions
+PROMPT ?= ROMEO:
 BIN := .venv/bin
 READY := .venv/.ready
 DEVELOP := .venv/.develop
@@ -11,33 +12,22 @@ DEVELOP := .venv/.develop
 
 setup: $(DEVELOP)
 
-# torch first and pinned: an unpinned one drags in gigabytes of CUDA.
+# What sampling needs.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,train]'
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-# What tests need: the TPU and CUDA compilers too.
+# What all else needs: PyTorch for conversion and tests, the TPU and CUDA compilers for the planners.
+# torch first and pinned: an unpinned one drags in gigabytes of CUDA.
 $(DEVELOP): $(READY)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[convert,hf,plan,plot,train,dev]'
 	touch $@
 
-# By way of Meta's format, as a released checkpoint would come. Prerequisites behind the bar must
-# exist and may be newer: a finished directory is never made again.
-out/tiny-trained/model: | $(READY)
-	rm -rf out/tiny-trained
-	$(BIN)/python -m train.tiny --output out/tiny-trained
-
-out/tiny-meta: | out/tiny-trained/model
-	$(BIN)/python -m convert.orbax_to_meta --checkpoint out/tiny-trained/model --output $@
-
-out/tiny: | out/tiny-meta
-	$(BIN)/python -m convert.meta_to_orbax --input out/tiny-meta --output $@ --verify
-
-sample: $(READY) out/tiny
-	$(BIN)/python -m infer.sample --checkpoint out/tiny --prompt "$(PROMPT)" --echo --max-new-tokens 100
+sample: $(READY)
+	$(BIN)/python -m infer.sample --prompt "$(PROMPT)" --echo --max-new-tokens 200
 
 # A file's tests stay together: they share what they compile.
 test: $(DEVELOP)

@@ -1,7 +1,7 @@
 """python -m infer.plan: does a model fit on some chips, and how fast can it at best be there.
 
 The real prefill and decode programs are compiled for the chips by their own compiler, without the
-chips and without weights, and counted (`infer.hlo`). Byte figures are those of one device. Two
+chips and without weights, and counted (`infer.cost`). Byte figures are those of one device. Two
 limits are told: what the memory allows for the bytes that the program moves, and the least that
 any program would have to move. What a step takes beyond the first, collectives among it, is not
 predicted.
@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from infer import hlo, topology
+from infer import topology
+from infer.cost import Cost, analyze
 from infer.generate import Shapes, lower_programs, request_shapes
 from infer.topology import CHIPS, SLICES, Chip, Slice
 from llama_jax import cache as kv
@@ -153,7 +154,7 @@ def default_mesh(config: LlamaConfig, chips: Slice, batch: int) -> str:
 class Compiled:
     """One program: what it costs to run, and what it takes in memory."""
 
-    cost: hlo.Cost
+    cost: Cost
     argument_bytes: int
     temp_bytes: int
     total_bytes: int  # arguments, results that are not among them, temporaries, code
@@ -162,7 +163,7 @@ class Compiled:
     def then(self, other: "Compiled", times: int) -> "Compiled":
         """This one, and the other so many times behind it."""
         return Compiled(
-            cost=hlo.Cost.sum((self.cost, other.cost.times(times))),
+            cost=Cost.sum((self.cost, other.cost.times(times))),
             argument_bytes=max(self.argument_bytes, other.argument_bytes),
             temp_bytes=max(self.temp_bytes, other.temp_bytes),
             total_bytes=max(self.total_bytes, other.total_bytes),
@@ -201,7 +202,7 @@ def compile_program(lowered: Any, what: str, prog: str = PROG) -> Compiled:
     report(f"{prog}: compiled {what} in {seconds:.1f} s")
     memory = compiled.memory_analysis()
     return Compiled(
-        cost=hlo.analyze(compiled.as_text()),
+        cost=analyze(compiled.as_text()),
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         total_bytes=memory.argument_size_in_bytes
@@ -321,7 +322,7 @@ def peak_flops(chip: Chip, kind: str | None) -> float:
 
 
 def find(
-    chips: str | None, plan_for: Callable[[Slice], dict[str, Any]], prog: str = PROG
+    chips: str | None, plan_for: Callable[[Slice], dict[str, Any]], prog: str
 ) -> dict[str, Any]:
     """The plan of the smallest slice, by memory, that fits; of the largest if none does.
 
@@ -547,15 +548,25 @@ def list_chips(as_json: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; raises `UserError` for what the user can mend."""
     args = parse(arguments)
+    answer(args, lambda config, part: plan(make_request(args, config, part)), describe, PROG)
+
+
+def answer(
+    args: argparse.Namespace,
+    plan_for: Callable[[LlamaConfig, Slice], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+    prog: str,
+) -> None:
+    """Prints the plan for the flags of `add_case`, or the chips where none is given."""
     if args.chips is None and not args.find:
         print(list_chips(args.json))
         return
     jax.config.update("jax_platforms", "cpu")  # accelerators that are here are not needed
     config = get_preset(args.preset) if args.preset else checkpoint.load_config(args.checkpoint)
     if args.find:
-        result = find(args.chips, lambda part: plan(make_request(args, config, part)))
+        result = find(args.chips, functools.partial(plan_for, config), prog)
     else:
-        result = plan(make_request(args, config, topology.find_slice(str(args.chips))))
+        result = plan_for(config, topology.find_slice(str(args.chips)))
     print(json.dumps(result) if args.json else describe(result))
 
 

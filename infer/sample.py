@@ -21,6 +21,7 @@ from infer.generate import Progress, compile_programs, request_shapes, stream
 from infer.sampling import row_seeds, settings
 from infer.text import TextStream
 from llama_jax.chat import Message, encode_chat, stop_ids
+from llama_jax.checkpoint import DEMO
 from llama_jax.command import (
     ArgumentParser,
     agreed,
@@ -42,7 +43,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 and one line on a mistake."""
     parser = ArgumentParser(prog=PROG, description="Generate text from a model directory.")
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="model directory that a converter wrote")
+    add("--checkpoint", metavar="DIR", help="that a converter wrote (the demo model)")
     add("--prompt", metavar="TEXT", action="append", help="repeat it for a batch")
     add("--prompt-file", metavar="FILE", help="UTF-8 text, each line a prompt of one batch")
     add("--chat", action="store_true", help="chat format; a conversation if there is no prompt")
@@ -79,10 +80,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} is {getattr(args, name)!r}, expected {expected}")
     if args.checkpoint is None:
-        parser.error(
-            "no --checkpoint given, expected a model directory; make one with "
-            "python -m convert.meta_to_orbax --input DIR --output DIR"
-        )
+        if args.chat:
+            parser.error(
+                "--chat is for a model that was trained to chat; add --checkpoint DIR, made with "
+                "python -m convert.meta_to_orbax --input DIR --output DIR"
+            )
+        args.checkpoint = str(DEMO)
     if args.system is not None and not args.chat:
         parser.error("--system is for chat; add --chat")
     if args.logprobs is not None and not args.json:

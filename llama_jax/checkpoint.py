@@ -42,6 +42,7 @@ from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 Params = Any  # nested dicts of arrays, LazyArrays or jax.ShapeDtypeStructs
 
+DEMO = epath.Path(__file__).parent / "demo"  # the model directory that is part of this project
 _STAGING = re.compile(r"\..+\.partial-[0-9a-f]{8}")  # of `new_directory`
 QUANTIZATION = "quantization.json"
 _AGAIN = "make it again, or copy it again from where it is whole"

@@ -130,6 +130,11 @@ def is_adapter(path: tuple) -> bool:
     return any(isinstance(key, jax.tree_util.DictKey) and key.key == NAME for key in path)
 
 
+def everything(path: tuple) -> bool:
+    """For `split`, where there are no adapters and all leaves learn."""
+    return True
+
+
 def split(params: Params, chosen: Callable[[tuple], bool] = is_adapter) -> tuple[Params, Params]:
     """The chosen leaves and the others, each tree with None in place of the rest."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)

@@ -18,6 +18,7 @@ import jax
 import pytest
 
 from infer import hlo, plan, topology
+from infer.cost import Cost, analyze
 from infer.generate import lower_programs
 from llama_jax.config import PRESETS
 from llama_jax.quant import Quantization
@@ -31,7 +32,7 @@ class Program:
     """What a device holds and does in one compiled program."""
 
     arrays: plan.Arrays
-    cost: hlo.Cost
+    cost: Cost
     argument_bytes: int
     text: str
 
@@ -82,7 +83,7 @@ def compiled(request, name="decode"):
         program = lowered(request)[name].compile()
     text = program.as_text()
     size = program.memory_analysis().argument_size_in_bytes
-    return Program(arrays(request), hlo.analyze(text), size, text)
+    return Program(arrays(request), analyze(text), size, text)
 
 
 def least_bytes(request):

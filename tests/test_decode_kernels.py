@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from infer import hlo, topology
+from infer import topology
+from infer.cost import analyze
 from llama_jax import cache as kv
 from llama_jax import decode_kernels, sharding
 from llama_jax.attention import attend
@@ -193,4 +194,4 @@ def test_a_tpu_compiles_a_step_with_both(chips):
     assert text.count('custom_call_target="tpu_custom_call"') == 2
     # The cache stays in HBM: `attend` reads it, `append` a few tiles, and nothing else moves it.
     cache_bytes = 2 * B * K * S * (H + 4)
-    assert cache_bytes <= hlo.analyze(text).hbm_bytes < 1.1 * cache_bytes
+    assert cache_bytes <= analyze(text).hbm_bytes < 1.1 * cache_bytes

@@ -22,7 +22,8 @@ from test_train_lora import LOSS_RTOL, losses, metrics, write_model, write_text
 from llama_jax import sharding
 from llama_jax.checkpoint import abstract, load_params
 from llama_jax.errors import UserError
-from train import full, loop, lora
+from llama_jax.lora import everything
+from train import checkpoints, full, loop, lora, placement
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.step import init_state
 
@@ -268,8 +269,8 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_is_intact(given, tmp_path, 
 
 
 def test_a_disk_that_is_too_small_is_told_before_it_is_written(given, tmp_path, monkeypatch):
-    usage = loop.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    usage = checkpoints.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=5000))
     with pytest.raises(UserError, match="the disk is full; the last checkpoint is intact"):
         run(given, tmp_path / "out", "--steps", "6", "--save-every", "2")
     assert list((tmp_path / "out/checkpoints").iterdir()) == []
@@ -281,9 +282,9 @@ def test_an_optimizers_arrays_lie_where_their_parameters_do():
     mesh = sharding.make_mesh("fsdp=8", config)
     params = abstract(config)
     for name, moments in (("adamw", 2), ("lion", 1), ("sgd", 1), ("adafactor", 0)):
-        optimizer = make_optimizer(OptimizerConfig(name=name), 10, lambda _: True)
+        optimizer = make_optimizer(OptimizerConfig(name=name), 10, everything)
         state = jax.eval_shape(lambda p, o=optimizer: init_state(p, o, jnp.float32), params)
-        places = loop.state_shardings(state, params, mesh)
+        places = placement.state_shardings(state, params, mesh)
         kernel = params["layers_0"]["mlp"]["up"]["kernel"]
         split = [
             place.shard_shape(leaf.shape)

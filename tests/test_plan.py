@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from infer import hlo, plan, topology
+from infer import plan, topology
+from infer.cost import Cost
 from llama_jax.config import PRESETS
 from llama_jax.errors import UserError
 from llama_jax.quant import Quantization
@@ -395,7 +396,7 @@ def test_a_plan_adds_up(chips):
     ("kind", "rate", "told"), [("int8", 197e12, "197 TFLOP/s"), ("w8a8", 393e12, "393 TFLOP/s")]
 )
 def test_int8_by_int8_has_a_rate_of_its_own(monkeypatch, kind, rate, told):
-    program = plan.Compiled(hlo.Cost(hbm_bytes=1, flops=10**12), 0, 0, 0, 0.0)
+    program = plan.Compiled(Cost(hbm_bytes=1, flops=10**12), 0, 0, 0, 0.0)
     programs = {"prefill": program, "decode": program}
     monkeypatch.setattr(plan, "compile_all", lambda request, arrays: (programs, None))
     result = plan.plan(request("v5e-1", quantization=Quantization(kind)))

@@ -326,7 +326,8 @@ def test_nothing_is_kept_where_nothing_can_be_written(model_dir):
 def test_no_checkpoint_and_no_model_directory_are_one_line_and_status_2(tmp_path):
     (tmp_path / "consolidated.00.pth").touch()
     for flags, words in (
-        ([], "python -m convert.meta_to_orbax --input DIR --output DIR"),
+        ([], "no prompt given"),
+        (["--chat"], "python -m convert.meta_to_orbax --input DIR --output DIR"),
         (["--checkpoint", str(tmp_path / "none"), "--prompt", "a"], "does not exist"),
         (["--checkpoint", str(tmp_path), "--prompt", "a"], "run python -m convert.meta_to_orbax"),
     ):

@@ -19,6 +19,7 @@ from test_generate import completions, count_compilations, greedy, sampled
 import infer.generate
 import llama_jax
 from infer import hlo, sample
+from infer.cost import COLLECTIVES, analyze
 from infer.generate import (
     Shapes,
     chunks,
@@ -184,7 +185,7 @@ def transfers(text):
         size(instruction.shape)
         for computation in hlo.parse(text).computations.values()
         for instruction in computation.instructions.values()
-        if instruction.opcode.removesuffix("-start") in hlo.COLLECTIVES
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES
     ]
 
 
@@ -203,7 +204,7 @@ def test_a_layer_sums_twice_and_moves_no_weight_and_no_cache(load, mesh):
     )
     text_4 = lower_programs(config_4, params_4, shapes)["decode"].compile().as_text()
 
-    sums = [hlo.analyze(text).collectives["all-reduce"].count for text in (text_2, text_4)]
+    sums = [analyze(text).collectives["all-reduce"].count for text in (text_2, text_4)]
     assert 0 < sums[1] - sums[0] <= 2 * (4 - 2)
 
     # Nothing is larger than a vector for each row, which is less than a device's part of any weight
@@ -252,7 +253,7 @@ def test_rows_of_a_split_table_cost_one_sum(split_table, sizes, kind):
             program = jax.jit(quant.rows).lower(split, tokens).compile()
         rows = program(split, tokens)
         np.testing.assert_allclose(rows, expected[: len(tokens)], rtol=1e-6, atol=0)
-        sums = hlo.analyze(program.as_text()).collectives
+        sums = analyze(program.as_text()).collectives
         assert {kind: work.count for kind, work in sums.items()} == {"all-reduce": 1}
         assert max(transfers(program.as_text())) <= rows.nbytes
 

@@ -22,9 +22,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_compiled import needs
 
 from infer import hlo, topology
+from infer.cost import analyze
 from llama_jax import checkpoint, lora, quant, sharding
 from llama_jax.config import PRESETS
-from llama_jax.lora import LoraConfig
+from llama_jax.lora import LoraConfig, everything
 from llama_jax.quant import Quantization
 from train import plan
 from train.losses import next_token
@@ -56,11 +57,11 @@ def compiled(request):
     needs(request)
     arrays = plan.make_arrays(request)
     with topology.quiet():
-        program = plan.lower_step(request, arrays).compile()
+        program = plan.lower(request, arrays).compile()
     text, memory = program.as_text(), program.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return arrays, text, hlo.analyze(text), total + memory.generated_code_size_in_bytes
+    return arrays, text, analyze(text), total + memory.generated_code_size_in_bytes
 
 
 def collectives(text, kind):
@@ -71,7 +72,7 @@ def collectives(text, kind):
             if instruction.opcode.removesuffix("-start") == kind:
                 found |= {
                     (array.dtype, tuple(n for n in array.dims if n > 1))
-                    for array in hlo._leaves(instruction.shape)
+                    for array in hlo.leaves(instruction.shape)
                 }
     return found
 
@@ -224,8 +225,8 @@ def assert_equal(ours, theirs):
 def test_all_gradients_are_those_of_one_device(sizes, remat):
     params = oracle.random_params(CONFIG)
     mesh = sharding.make_mesh(sizes, CONFIG)
-    ours, _ = gradient(params, mesh, remat, lambda _: True)
-    theirs, _ = gradient(params, None, remat, lambda _: True)
+    ours, _ = gradient(params, mesh, remat, everything)
+    theirs, _ = gradient(params, None, remat, everything)
     assert_equal(ours, theirs)
 
 

@@ -173,7 +173,7 @@ def test_a_compiler_that_runs_out_of_memory_is_no_traceback(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm.\nmore")
 
     monkeypatch.setattr(plan, "compile_program", out_of_memory)
-    monkeypatch.setattr(plan, "lower_step", lambda request, arrays: None)
+    monkeypatch.setattr(plan, "lower", lambda request, arrays: None)
     told = plan.plan(request("v5e-1"))
     assert (told["fits"], told["reason"]) == (False, "Used 20G of 15.75G hbm.")
     assert told["step"]["flops"] is None

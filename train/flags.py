@@ -18,8 +18,9 @@ from llama_jax.errors import UserError
 from llama_jax.model import REMAT
 from llama_jax.tokenizer import Tokenizer
 from train.data import Batch, Counts, Rows, n_windows, split
-from train.loop import Run, refuse_batch
+from train.loop import Run
 from train.optimizer import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from train.placement import refuse_batch
 from train.progress import refuse_missing_board
 
 # What may differ where a run goes on: it changes no number, or sums in another order at most.

@@ -42,7 +42,7 @@ from llama_jax.command import (
 )
 from llama_jax.config import LlamaConfig, get_preset
 from llama_jax.errors import UserError
-from llama_jax.lora import split
+from llama_jax.lora import everything, split
 from llama_jax.model import Llama, Params, unstack
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from train import flags
@@ -248,7 +248,7 @@ def train(args: argparse.Namespace, source: Source) -> None:
     params = source.params(mesh)
     if args.scan:
         params = stack_layers(params, mesh)
-    trained, frozen = split(params, lambda _: True)
+    trained, frozen = split(params, everything)
     del params
 
     def save(path: Any, trained: Params) -> None:
@@ -262,6 +262,7 @@ def train(args: argparse.Namespace, source: Source) -> None:
     fit(
         Task(
             loss=next_token(config, remat=args.remat, dropout=args.dropout),
+            learns=everything,
             trained=trained,
             frozen=frozen,
             optimizer=optimizer,

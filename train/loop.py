@@ -16,11 +16,9 @@ numbers as one that was never interrupted.
 
 import contextlib
 import errno
-import functools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,16 +28,27 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from llama_jax import lora, sharding
 from llama_jax.checkpoint import format_bytes, quiet, refuse_small_memory
 from llama_jax.command import is_first_process, report
 from llama_jax.errors import UserError
 from llama_jax.model import Params
+from train.checkpoints import Checkpoints
 from train.data import Rows, batches, in_order
 from train.losses import Batch, Loss
 from train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from train.placement import (
+    Part,
+    abstract_batch,
+    batch_sharding,
+    everywhere,
+    global_shape,
+    lower_step,
+    own_part,
+    state_shardings,
+)
 from train.progress import Sight
 from train.step import State, cast, init_state, make_step
 
@@ -52,11 +61,12 @@ SMALLEST_SCALE = 1.0  # of a float16 loss: where even that overflows nothing hel
 class Task:
     """What is trained, on what, and how.
 
-    `trained` and `frozen` are the two parts of `llama_jax.lora.split` on their devices. The arrays
-    of `trained` are gone after the first step.
+    `trained` and `frozen` are the two parts that `llama_jax.lora.split` makes by `learns`, on their
+    devices. The arrays of `trained` are gone after the first step.
     """
 
     loss: Loss
+    learns: Callable[[tuple], bool]  # whether the leaf of a path does
     trained: Params
     frozen: Params
     optimizer: OptimizerConfig
@@ -130,14 +140,6 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.directory / self.result).exists()
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which rows of every batch this process has."""
-
-    part: int
-    parts: int
 
 
 def fit(
@@ -287,7 +289,7 @@ class Programs:
             name: jax.make_array_from_process_local_data(
                 batch_sharding(array.ndim, self.mesh),
                 array,
-                _global_shape(array.shape, self.mesh),
+                global_shape(array.shape, self.mesh),
             )
             for name, array in batch.items()
         }
@@ -299,7 +301,7 @@ def compile_programs(task: Task) -> Programs:
     Raises `UserError` where the devices have too little memory for them.
     """
     first = jax.local_devices()[0]
-    optimizer = make_optimizer(task.optimizer, task.steps, lambda _: True)
+    optimizer = make_optimizer(task.optimizer, task.steps, task.learns)
     abstract = jax.eval_shape(lambda p: init_state(p, optimizer, task.dtype), task.trained)
     places = state_shardings(abstract, task.trained, task.mesh)
 
@@ -322,23 +324,16 @@ def compile_programs(task: Task) -> Programs:
         return task.loss(cast(lora.join(trained, frozen), task.dtype), batch, None)
 
     rows = task.batch * task.rows.together, task.rows.tokens.shape[1]
-    everywhere = _everywhere(task.mesh)
-    window = _abstract_batch(task.rows, (task.accumulate, *rows), task.mesh)
+    window = abstract_batch(task.rows, (task.accumulate, *rows), task.mesh)
     placed = sharding.placed(abstract, places)
-    with sharding.use(task.mesh), _too_large():
-        compiled = (
-            jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-            .lower(placed, task.frozen, window)
-            .compile()
-        )
-        evaluated = None
-        if task.validation is not None:
-            batch = _abstract_batch(task.validation, rows, task.mesh)
-            evaluated = (
-                jax.jit(evaluate, out_shardings=everywhere)
-                .lower(placed.trained, task.frozen, batch)
-                .compile()
-            )
+    with _too_large():
+        compiled = lower_step(step, placed, task.frozen, window, task.mesh).compile()
+    evaluated = None
+    if task.validation is not None:
+        batch = abstract_batch(task.validation, rows, task.mesh)
+        with sharding.use(task.mesh), _too_large():
+            program = jax.jit(evaluate, out_shardings=everywhere(task.mesh))
+            evaluated = program.lower(placed.trained, task.frozen, batch).compile()
     memory = compiled.memory_analysis()
     temporary = needed = 0
     if memory is not None:
@@ -403,199 +398,6 @@ def evaluate(task: Task, programs: Programs, trained: Params, part: Part) -> dic
     loss, weight, seen = sums
     means = {name: total / max(weight, 1.0) for name, total in {"loss": loss, **seen}.items()}
     return means | {"weight": weight}
-
-
-# Where arrays lie
-
-
-def _everywhere(mesh: Mesh | None) -> Any:
-    if mesh is None:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharding(ndim: int, mesh: Mesh | None) -> Any:
-    """Of arrays [..., B, T]: rows over the mesh axes that split a batch."""
-    if mesh is None:
-        return _everywhere(None)
-    axes = sharding.RULES["batch"]
-    return NamedSharding(mesh, PartitionSpec(*(None,) * (ndim - 2), axes, None))
-
-
-def state_shardings(state: State, trained: Params, mesh: Mesh | None) -> State:
-    """Where each array of an abstract state lies: an optimizer's where its parameter does.
-
-    An array of an optimizer belongs to the parameter whose path its own ends with, if the shapes
-    agree; the others are on every device.
-    """
-    if mesh is None:
-        return jax.tree.map(lambda _: _everywhere(None), state)
-    places = jax.tree.leaves(sharding.shardings(trained, mesh))
-    paths = jax.tree_util.tree_flatten_with_path(trained)[0]
-    of = {path: (leaf.shape, place) for (path, leaf), place in zip(paths, places, strict=True)}
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        for begin in range(len(path)):
-            shape, found = of.get(path[begin:], (None, None))
-            if shape == leaf.shape and found is not None:
-                return found
-        return _everywhere(mesh)
-
-    return jax.tree.map_with_path(place, state)
-
-
-def _abstract_batch(rows: Rows, shape: tuple[int, ...], mesh: Mesh | None) -> Any:
-    place = batch_sharding(len(shape), mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, getattr(rows, name).dtype, sharding=place)
-        for name in ("tokens", "targets", "weights", "segments")
-    }
-
-
-def refuse_batch(batch: int, mesh: Mesh | None) -> None:
-    """Raises `UserError` where the rows of a batch do not divide among the devices."""
-    parts = 1 if mesh is None else sharding.batch_parts(mesh)
-    if batch % parts:
-        raise UserError(
-            f"--batch is {batch}, but the mesh splits a batch into {parts} parts (data x fsdp); "
-            f"take a multiple of {parts}"
-        )
-
-
-def own_part(batch: int, mesh: Mesh | None) -> Part:
-    """Which rows of a batch the devices of this process have.
-
-    Processes may have the same ones, where only weights are split between them.
-    """
-    if mesh is None:
-        return Part(0, 1)
-    rows: dict[int, set[int]] = {}
-    places = batch_sharding(2, mesh).devices_indices_map((batch, 1))
-    for device, (rows_of, _) in places.items():
-        rows.setdefault(device.process_index, set()).add(rows_of.start or 0)
-    parts = sorted({tuple(sorted(begins)) for begins in rows.values()})
-    return Part(parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts))
-
-
-def _global_shape(shape: tuple[int, ...], mesh: Mesh | None) -> tuple[int, ...]:
-    *front, rows, width = shape
-    parts = 1 if mesh is None else _parts(mesh)
-    return (*front, rows * parts, width)
-
-
-@functools.cache
-def _parts(mesh: Mesh) -> int:
-    return own_part(sharding.batch_parts(mesh), mesh).parts
-
-
-# Checkpoints
-
-
-class Checkpoints:
-    """The states of a run on disk, written while it goes on."""
-
-    def __init__(self, directory: epath.Path, keep: int):
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
-
-        def manager(name: str, keep: int | None) -> Any:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, save_interval_steps=1
-            )
-            return ocp.CheckpointManager(directory / name, options=options)
-
-        self._directory = directory
-        self._states = manager("checkpoints", keep)
-        self._best = manager("best", None)
-        self._needed = 0  # the step of the best parameters that the last state on disk knows of
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        for manager in (self._states, self._best):
-            if kind is None:
-                manager.close()
-            else:  # what went wrong is on its way already
-                with contextlib.suppress(Exception):
-                    manager.close()
-
-    def wait(self) -> None:
-        """Until all that was saved is on disk."""
-        self._best.wait_until_finished()
-        self._states.wait_until_finished()
-
-    def save(self, step: int, state: State, position: Any, best: tuple[float, int] | None) -> None:
-        """Begins to write a state. Raises what went wrong with the one before."""
-        self.wait()  # the best parameters of which this state knows are there before it is
-        self._refuse_small_disk(state)
-        for older in self._best.all_steps():
-            if older < self._needed:
-                self._best.delete(older)
-        self._needed = 0 if best is None else best[1]
-        args = self._ocp.args
-        rest = {"position": position, "best": best}
-        self._states.save(
-            step,
-            args=args.Composite(state=args.PyTreeSave(state), rest=args.JsonSave(rest)),
-            force=True,
-        )
-
-    def _refuse_small_disk(self, tree: Any) -> None:
-        """Raises what a disk that is full raises, before anything is written to it."""
-        if "://" in str(self._directory):
-            return
-        needed = sum(x.nbytes for x in jax.tree.leaves(tree)) // jax.process_count()
-        if needed > shutil.disk_usage(self._directory).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def restore(self, state: State) -> tuple[State, Any, tuple[float, int] | None]:
-        """The last state, the position of the data, the best validation loss and its step.
-
-        `state` itself, which says where arrays lie, and None where nothing is saved.
-        """
-        step = self._states.latest_step()
-        for later in self._best.all_steps():
-            if step is None or later > step:  # they come again
-                self._best.delete(later)
-        if step is None:
-            return state, None, None
-        args, abstract = self._ocp.args, _abstract(state)
-        how = self._ocp.checkpoint_utils.construct_restore_args(abstract)
-        found = self._states.restore(
-            step,
-            args=args.Composite(
-                state=args.PyTreeRestore(abstract, restore_args=how), rest=args.JsonRestore()
-            ),
-        )
-        best = found.rest["best"] and tuple(found.rest["best"])
-        self._needed = best[1] if best else 0
-        return found.state, found.rest["position"], best
-
-    def save_best(self, step: int, trained: Params) -> None:
-        """Begins to write the parameters that are best so far."""
-        self.wait()
-        self._refuse_small_disk(trained)
-        self._best.save(step, args=self._ocp.args.PyTreeSave(trained), force=True)
-
-    def restore_best(self, step: int, trained: Params) -> Params:
-        """The parameters that `save_best` wrote, where those of `trained` lie."""
-        self._best.wait_until_finished()
-        abstract = _abstract(trained)
-        how = self._ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self._best.restore(
-            step, args=self._ocp.args.PyTreeRestore(abstract, restore_args=how)
-        )
-
-    def forget_best(self) -> None:
-        self._best.close()
-        if is_first_process():
-            (self._directory / "best").rmtree(missing_ok=True)
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 # What goes wrong, or ends a run

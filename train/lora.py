@@ -145,6 +145,7 @@ def train_adapters(
     fit(
         Task(
             loss=loss(config),
+            learns=lora.is_adapter,
             trained=trained,
             frozen=frozen,
             optimizer=flags.optimizer_config(

@@ -9,28 +9,27 @@ device. Operations are those of matrix products; XLA counts none in an attention
 import argparse
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import optax
+from jax.sharding import Mesh
 
 from infer import topology
 from infer.plan import (
     Compiled,
     add_case,
+    answer,
     check_case,
     compile_program,
     counts,
     describe_estimate,
     describe_memory,
     describe_weights,
-    find,
-    list_chips,
     make_mesh,
     make_quantization,
     of_room,
@@ -42,15 +41,15 @@ from infer.topology import SLICES, Chip, Slice
 from llama_jax import checkpoint, lora, sharding
 from llama_jax.checkpoint import format_bytes
 from llama_jax.command import FLAGS, ArgumentParser, report, run
-from llama_jax.config import LlamaConfig, get_preset
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.lora import LoraConfig
 from llama_jax.model import REMAT, Params, stack
 from llama_jax.quant import Quantization
 from train.flags import flops_per_token
-from train.loop import batch_sharding, refuse_batch, state_shardings
 from train.losses import next_token
 from train.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
+from train.placement import batch_sharding, lower_step, refuse_batch, state_shardings
 from train.step import State, init_state, make_step
 
 PROG = "train.plan"
@@ -81,6 +80,16 @@ class Request:
     def tokens(self) -> int:
         """Positions of a step."""
         return self.accumulate * self.batch * self.seq_len
+
+    @property
+    def learns(self) -> Callable[[tuple], bool]:
+        """Whether the leaf of a path does."""
+        return lora.everything if self.adapters is None else lora.is_adapter
+
+    @property
+    def rule(self) -> optax.GradientTransformation:
+        """By which it does."""
+        return make_optimizer(OptimizerConfig(self.optimizer), STEPS, self.learns)
 
 
 @dataclass(frozen=True)
@@ -118,10 +127,8 @@ def make_arrays(request: Request) -> Arrays:
     if not request.unrolled:
         params = jax.eval_shape(stack, params)
     params = sharding.placed(params, sharding.shardings(params, mesh))
-    everything = request.adapters is None
-    trained, frozen = lora.split(params, lambda path: everything or lora.is_adapter(path))
-    optimizer = _optimizer(request)
-    state = jax.eval_shape(lambda p: init_state(p, optimizer, dtype), trained)
+    trained, frozen = lora.split(params, request.learns)
+    state = jax.eval_shape(lambda p: init_state(p, request.rule, dtype), trained)
     shape = request.accumulate, request.batch, request.seq_len
     place = batch_sharding(len(shape), mesh)
     return Arrays(
@@ -132,26 +139,18 @@ def make_arrays(request: Request) -> Arrays:
     )
 
 
-def _optimizer(request: Request) -> Any:
-    return make_optimizer(OptimizerConfig(request.optimizer), STEPS, lambda _: True)
-
-
-def lower_step(request: Request, arrays: Arrays) -> Any:
+def lower(request: Request, arrays: Arrays) -> Any:
     """The training step, traced for the chips."""
     loss = next_token(request.config, remat=request.remat)
-    step = make_step(loss, _optimizer(request), dtype=jnp.dtype(request.dtype))
-    places = jax.tree.map(lambda x: x.sharding, arrays.state)
-    everywhere = NamedSharding(arrays.mesh, PartitionSpec())
-    with sharding.use(arrays.mesh):
-        program = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere))
-        return program.lower(arrays.state, arrays.frozen, arrays.window)
+    step = make_step(loss, request.rule, dtype=jnp.dtype(request.dtype))
+    return lower_step(step, arrays.state, arrays.frozen, arrays.window, arrays.mesh)
 
 
 def compile_step(request: Request, arrays: Arrays) -> tuple[Compiled | None, str | None]:
     """The step; None and why where memory is too small."""
     report(f"{PROG}: tracing {request.model} for {request.chips.name} ({request.chips.topology})")
     with topology.quiet():
-        lowered = lower_step(request, arrays)
+        lowered = lower(request, arrays)
         try:
             return compile_program(lowered, "the training step", PROG), None
         except jax.errors.JaxRuntimeError as error:
@@ -351,16 +350,7 @@ def _describe_step(step: dict[str, Any], chip: Chip) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; raises `UserError` for what the user can mend."""
     args = parse(arguments)
-    if args.chips is None and not args.find:
-        print(list_chips(args.json))
-        return
-    jax.config.update("jax_platforms", "cpu")  # accelerators that are here are not needed
-    config = get_preset(args.preset) if args.preset else checkpoint.load_config(args.checkpoint)
-    if args.find:
-        result = find(args.chips, lambda part: plan(make_request(args, config, part)), PROG)
-    else:
-        result = plan(make_request(args, config, topology.find_slice(str(args.chips))))
-    print(json.dumps(result) if args.json else describe(result))
+    answer(args, lambda config, part: plan(make_request(args, config, part)), describe, PROG)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from infer import hlo, topology
+from infer import topology
+from infer.cost import Work, analyze
 from llama_jax import decode_kernels
 
 CHIPS = ("cpu", "v5e-4", "h100-4")
@@ -42,7 +43,7 @@ def count(chip, function, *args, donate=(), specs=None, out=None):
     ]
     with topology.quiet():
         program = jax.jit(function, donate_argnums=donate, out_shardings=target)
-        return hlo.analyze(program.lower(*shapes).compile().as_text())
+        return analyze(program.lower(*shapes).compile().as_text())
 
 
 def real(chip):
@@ -271,7 +272,7 @@ def test_a_gather_of_shards_is_an_all_gather():
 )
 def test_tiles_are_padded(layout, elements):
     text = PROGRAM.replace("f32[4,8]{1,0}", f"bf16[20,100]{layout}").replace("CYCLES", "1")
-    cost = hlo.analyze(text)
+    cost = analyze(text)
     assert cost.hbm_bytes == 5 * 20 * 100 * 2
     assert cost.padded_hbm_bytes == 5 * elements * 2
 
@@ -280,7 +281,7 @@ def test_tiles_are_padded(layout, elements):
 def test_memory_on_the_chip_is_free_on_tpus(chip, counts):
     tiles = ":T(8,128)S(1)" if chip == "tpu" else ":S(1)"
     text = PROGRAM.replace("f32[4,8]{1,0}", f"f32[4,8]{{1,0{tiles}}}").replace("CYCLES", "1")
-    assert hlo.analyze(text).hbm_bytes == (5 * 128 if counts else 0)
+    assert analyze(text).hbm_bytes == (5 * 128 if counts else 0)
 
 
 def test_tpu_estimates_are_summed_and_the_rest_is_named():
@@ -316,13 +317,13 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {
 
 
 def test_custom_calls_count_by_their_operands_and_the_estimate_of_operations():
-    cost = hlo.analyze(PROGRAM.replace("CYCLES", "120"))
+    cost = analyze(PROGRAM.replace("CYCLES", "120"))
     assert cost.hbm_bytes == 2 * 128 + 2 * 128 + 128  # the last one writes into its operand
     assert cost.flops == 77
     assert cost.estimated_cycles == 120
     assert cost.unestimated == {
-        "tpu_custom_call": hlo.Work(1, 256, 77),
-        "mine": hlo.Work(1, 128, 0),
+        "tpu_custom_call": Work(1, 256, 77),
+        "mine": Work(1, 128, 0),
     }
     assert [t.name for t in cost.temporaries] == ["c", "f"]
 
@@ -332,8 +333,8 @@ def test_what_a_kernel_writes_in_place_counts_by_its_estimate(estimate, counted)
     """At most read and written as a whole; where no bytes are estimated, as any operand."""
     aliased = '"tpu_custom_call", output_to_operand_aliasing={{}: (0, {})}'
     text = PROGRAM.replace("CYCLES", "1").replace('"tpu_custom_call"', aliased)
-    cost = hlo.analyze(text.replace('"1000"', f'"{estimate}"'))
-    assert cost.unestimated["tpu_custom_call"] == hlo.Work(1, counted, 77)
+    cost = analyze(text.replace('"1000"', f'"{estimate}"'))
+    assert cost.unestimated["tpu_custom_call"] == Work(1, counted, 77)
     assert cost.hbm_bytes == 2 * 128 + counted + 128
 
 
@@ -353,7 +354,7 @@ def test_the_write_of_a_position_counts_the_tiles_around_it_and_not_the_cache():
     with jax.set_mesh(mesh), topology.quiet():
         program = jax.jit(run, donate_argnums=0)
         lowered = program.lower(entries * 2, *[shape(B, K, H)] * 2, shape(dtype=jnp.int32))
-        cost = hlo.analyze(lowered.compile().as_text())
+        cost = analyze(lowered.compile().as_text())
     tiles = 2 * B * K * (decode_kernels.ROWS * H + 4 * decode_kernels.LANES)  # keys and values
     new = 2 * B * K * H * 2
     assert 2 * tiles <= cost.open_loop_bytes <= 2 * tiles + new + SLACK
@@ -362,11 +363,11 @@ def test_the_write_of_a_position_counts_the_tiles_around_it_and_not_the_cache():
 
 @pytest.mark.parametrize("cycles", ["9223372036854775807", "-5"])
 def test_estimates_that_overflowed_are_left_out(cycles):
-    cost = hlo.analyze(PROGRAM.replace("CYCLES", cycles))
+    cost = analyze(PROGRAM.replace("CYCLES", cycles))
     assert cost.estimated_cycles == 0
     assert cost.overflowed == ("f",)
 
 
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        hlo.analyze("module @jit_f { }")
+        analyze("module @jit_f { }")
