@@ -68,6 +68,12 @@ def stop_ids(tokenizer: Tokenizer, version: str) -> frozenset[int]:
     return frozenset(ids)
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens `a` and `b` begin with in common."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
 def _generation(version: str) -> int:
     if version not in VERSIONS:
         raise UserError(f"version is {version!r}, expected one of {', '.join(VERSIONS)}")
@@ -115,16 +121,10 @@ def _encode_llama2(
         if i + 1 < len(turns):  # as one text: the answer's first token depends on the prompt
             pair = tokenizer.encode(f"{framed} {turns[i + 1].strip()} ", bos=True)
             pair = [*pair, tokenizer.eos_id]
-        n_prompt = _common_prefix(prompt, pair)
+        n_prompt = common_prefix(prompt, pair)
         ids += pair
         mask += [False] * n_prompt + [True] * (len(pair) - n_prompt)
     return ids, mask
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens `a` and `b` begin with in common."""
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
 
 
 def _encode_llama3(

@@ -250,7 +250,16 @@ def logits_and_entries(
     cache: KVCache | None = None,
     lengths_B: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Entries, ...]]:
-    """`Llama.__call__` as a function of the parameters."""
+    """Logits, and the keys and values of the new positions for `append`.
+
+    Args:
+      params, tokens_BT, cache: as in `forward`.
+      lengths_B: int32; if given, each row has only so many tokens, padded on the right, and only
+        the logits of its last one are computed.
+
+    Returns float32 [B, T, V], or [B, 1, V] if `lengths_B` is given, and L entries (none where
+    layers are stacked).
+    """
     result: Any = Llama(config).apply({"params": params}, tokens_BT, cache, lengths_B)
     return result
 

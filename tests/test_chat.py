@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from llama_jax.chat import Message, encode_chat, stop_ids
+from llama_jax.chat import Message, common_prefix, encode_chat, stop_ids
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import load_tokenizer
 
@@ -167,6 +167,12 @@ def test_special_text_in_a_message_stays_text(llama3):
     ids, _ = encode_chat(llama3, [Message("user", trick)], "3")
     assert ids.count(llama3.special_id("<|eot_id|>")) == 1
     assert trick in llama3.decode(ids)
+
+
+def test_what_two_sequences_begin_with_in_common():
+    assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix([1, 2], [1, 2, 3]) == common_prefix([1, 2, 3], [1, 2]) == 2
+    assert common_prefix([], [1]) == common_prefix([2], [1]) == 0
 
 
 def test_stop_ids(llama2, llama3):

@@ -263,6 +263,61 @@ def test_a_pair_without_one_answer_is_left_out(tokenizers, write):
     assert counts == data.Counts(3, 1, 1, 2 * (12 + 10), 2 * (4 + 2))
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("version", ["2", "3"])
+def test_a_pair_with_a_blank_answer_is_left_out(tokenizers, write, version, chat):
+    row = {"prompt": "the cat", "chosen": "sat", "rejected": "ate"}
+    dialogs = {"prompt": CHAT[:-1]} | {  # in which the assistant has spoken before
+        key: [{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")
+    }
+    blank = [{"role": "assistant", "content": "\n"}]
+    for name, kept, left_out in (
+        ("t.json", row, [row | {"chosen": " "}, row | {"rejected": ""}]),
+        ("m.json", dialogs, [dialogs | {"chosen": blank}, dialogs | {"rejected": blank}]),
+    ):
+        path = write(name, [*left_out, kept])
+        pairs, counts = data.read_preferences(
+            path, tokenizers[version], CONFIGS[version], seq_len=500, chat=chat
+        )
+        assert (len(pairs), counts.rows, counts.empty) == (1, 3, 2)
+
+
+# Texts
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_plain_text_is_its_lines(write, mark):
+    text = "the cat\r\n\n sat\u2028on \xe9\x0bthe mat " + "rat " * 2000
+    found = list(data.texts(write("a.txt", mark + text.encode())))
+    assert found == text.splitlines()
+    assert len(found) == 5
+
+
+def test_of_rows_the_texts_are_what_is_said(write):
+    alpaca = ["Name the cat.", "the cat", "sat", "Double", "it: é", " 21", "42", "Say mat", " mat "]
+    assert list(data.texts(write("a.jsonl", ALPACA))) == alpaca
+    said = [message["content"] for message in CHAT]
+    assert list(data.texts(write("c.json", [{"messages": CHAT}]))) == said
+    pair = {"prompt": CHAT[:-1], "chosen": CHAT[-1:], "rejected": CHAT[2:3]}
+    assert list(data.texts(write("p.json", [pair]))) == [*said, said[2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", ROW + b"{", "a.jsonl line 2 is not JSON"),
+        ("a.jsonl", ROW + b"3", "a.jsonl line 2: a row is a number, expected an object"),
+        ("a.jsonl", ROW.replace(b'"a"', b'"\\ud800"'), "line 1: the text has a lone surrogate"),
+        ("a.txt", b"abc\xff", "a.txt is not UTF-8 at byte 3"),
+        ("a.csv", b"a,b", "a.csv ends in .csv"),
+    ],
+)
+def test_files_without_texts_are_refused_in_one_line(write, name, content, words):
+    with pytest.raises(UserError, match=words) as caught:
+        list(data.texts(write(name, content)))
+    assert "\n" not in str(caught.value)
+
+
 # Rows
 
 
@@ -304,8 +359,7 @@ def test_rows_without_packing_are_the_samples_in_order():
         np.testing.assert_array_equal(rows.targets[i], [*sample.ids[1:], *pad])
         np.testing.assert_array_equal(rows.weights[i], [*sample.counts[1:], *pad])
         np.testing.assert_array_equal(rows.segments[i], [1] * n + [0] * (8 - n))
-    assert rows.weights.dtype == np.float32
-    assert {getattr(rows, n).dtype for n in ("tokens", "targets", "segments")} == {np.dtype("i4")}
+    assert {name: getattr(rows, name).dtype for name in data.FIELDS} == data.BATCH
 
 
 def test_packed_samples_cost_what_they_cost_alone():
@@ -468,7 +522,7 @@ def test_an_evaluation_sees_all_rows_once_in_order(parts):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"batch_size": 2, "parts": 4}, "has fewer than there are processes, 4"),
+        ({"batch_size": 2, "parts": 4}, "2 rows does not divide among 4 processes: take a mul"),
         ({"batch_size": 6, "parts": 4}, "6 rows does not divide among 4 processes"),
         ({"batch_size": 4, "seed": -1}, "the seed is -1, expected 0 to 4294967295"),
         ({"batch_size": 4, "seed": 2**32}, "expected 0 to 4294967295"),

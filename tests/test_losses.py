@@ -1,5 +1,7 @@
 """Losses: transformers' cross-entropy, packed as unpacked, in blocks as whole."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,25 +93,34 @@ def test_no_gradient_flows_between_packed_texts(params):
     assert np.any(gradient[np.array(b[:-1])])
 
 
-def test_logits_in_blocks_are_all_logits(params, monkeypatch):
-    batch = batch_of([texts(20), texts(24, seed=1)], 24)
+@pytest.mark.parametrize("T", [24, 13])
+def test_logits_in_blocks_are_all_logits(params, monkeypatch, T):
+    """Of 24 positions, and of 13 that do not divide: the third block is padded."""
+    batch = batch_of([texts(T - 4), texts(T, seed=1)], T)
 
     def value_and_gradient():
         loss = lambda p: next_token(CONFIG)(p, batch, None)[0]  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return jax.jit(jax.value_and_grad(loss))(params), token_nats(CONFIG, params, batch)
 
     whole = value_and_gradient()
     monkeypatch.setattr(losses, "LOGITS", 2 * 5 * oracle.V)
-    assert losses._blocks(24, 2 * oracle.V) == 6
     for ours, theirs in zip(*map(jax.tree.leaves, (value_and_gradient(), whole)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_blocks_hold_at_most_the_logits_that_they_may():
-    assert losses._blocks(2048, 1 << 10) == 1
-    assert losses._blocks(2048, 2 * 128256) == 8
-    assert losses._blocks(7, losses.LOGITS) == 7
-    assert losses._blocks(7, 2 * losses.LOGITS) == 7  # a single position may be too much already
+@pytest.mark.parametrize(
+    ("T", "most", "blocks", "width"),
+    [(24, 24, 1, 24), (24, 5, 5, 5), (13, 5, 3, 5), (13, 12, 2, 7), (7, 1, 7, 1), (7, 0, 7, 1)],
+)
+def test_blocks_are_few_and_hold_at_most_the_logits_that_they_may(
+    params, monkeypatch, T, most, blocks, width
+):
+    """So few positions as `most` may be in memory at once, though never none."""
+    monkeypatch.setattr(losses, "LOGITS", (2 * most + 1) * oracle.V)
+    batch = batch_of([texts(T), texts(T, seed=1)], T)
+    program = str(jax.make_jaxpr(lambda p: token_nats(CONFIG, p, batch))(params))
+    assert set(re.findall(rf"f32\[2,(\d+),{oracle.V}\]", program)) == {str(width)}
+    assert blocks == 1 or f"f32[{blocks},2,{width},{CONFIG.dim}]" in program
 
 
 @pytest.mark.parametrize(("kind", "remat"), list(zip([None, "int8", "nf4"], REMAT, strict=True)))

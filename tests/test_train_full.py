@@ -9,9 +9,13 @@ import pytest
 from test_train_lora import CONFIG, LOSS_RTOL, MESHES, losses, metrics, write_model, write_text
 
 import llama_jax
+from convert import orbax_to_hf
+from infer import sample
 from llama_jax.checkpoint import load_params
+from llama_jax.config import RopeScaling
 from llama_jax.errors import UserError
-from train import full
+from llama_jax.tokenizer import load_tokenizer
+from train import full, plot
 
 SHORT = ["--seq-len", "32", "--batch", "8", "--steps", "3", "--learning-rate", "0.003"]
 VOCABULARY = 288
@@ -116,6 +120,96 @@ def test_the_best_parameters_are_saved(fresh, folder):
     ):
         np.testing.assert_array_equal(ours, theirs.astype("bfloat16"))
     assert not (output / "best").exists()
+
+
+def test_a_shape_of_llama_3_with_a_new_vocabulary_can_be_used(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """Its stop ids and chats are those of the tokenizer."""
+    monkeypatch.setattr(sample, "keep_compilations", lambda: None)
+    scaled = dataclasses.replace(CONFIG, version="3.2", rope_scaling=RopeScaling(32.0))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(scaled.to_dict()))
+    output = tmp_path / "out"
+    flags = ["--config", str(file), "--train-tokenizer", str(VOCABULARY), "--output", str(output)]
+    full.main(["--data", str(folder / "text.txt"), *SHORT, "--steps", "1", *flags])
+    model = ["--checkpoint", str(output / "model")]
+    expected = dataclasses.replace(scaled, version="2", vocab_size=VOCABULARY)
+    assert llama_jax.load(output / "model").config == expected
+    capsys.readouterr()
+    for more in [], ["--chat"]:
+        sample.main([*model, "--prompt", "the", "--max-new-tokens", "2", *more])
+        assert capsys.readouterr().out
+    orbax_to_hf.main([*model, "--output", str(tmp_path / "hf")])
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2]
+
+
+def pieces(folder, path, vocab_size=VOCABULARY):
+    file = folder / "tokenizer.model"
+    file.write_bytes(full.train_tokenizer(str(path), vocab_size))
+    tokenizer = load_tokenizer(file)
+    return [tokenizer.token_bytes(i) for i in range(3, vocab_size)]
+
+
+def test_of_rows_the_vocabulary_is_that_of_their_texts(folder, tmp_path):
+    lines = (folder / "text.txt").read_text().splitlines()
+    rows = tmp_path / "rows.jsonl"
+    messages = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": a}] for a in lines
+    ]
+    rows.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in messages))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{line}\n{line}\n" for line in lines))
+    assert pieces(tmp_path, rows) == pieces(tmp_path, text)
+
+
+def test_a_vocabulary_is_learnt_from_long_lines_too_and_not_from_a_byte_order_mark(
+    folder, tmp_path
+):
+    text = (folder / "text.txt").read_text()
+    one_line = tmp_path / "line.txt"
+    one_line.write_text(" ".join(text.splitlines() * 5), encoding="utf-8-sig")
+    assert one_line.stat().st_size > 5000
+    assert set(pieces(tmp_path, one_line)) == set(pieces(tmp_path, folder / "text.txt"))
+
+
+def test_what_no_vocabulary_can_be_learnt_from_says_so(tmp_path):
+    for content, words in (
+        (b'{"instruction": "a", "output": "b"}', "rows.jsonl is too short to learn 999 pieces"),
+        (b'{"instruction": "\\ud800", "output": "b"}', "rows.jsonl line 1: the text has a lone"),
+        (b'{"instruction": "", "output": ""}', "rows.jsonl is too short to learn 999 pieces"),
+        (b"{", "rows.jsonl line 1 is not JSON"),
+    ):
+        (tmp_path / "rows.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=words) as caught:
+            full.train_tokenizer(str(tmp_path / "rows.jsonl"), 999)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("perplexity", [{}, {"perplexity": 7.4}])
+@pytest.mark.parametrize("n", [20, 200])  # steps, drawn as they are or smoothed
+def test_a_picture_leaves_out_what_is_no_number(tmp_path, monkeypatch, n, perplexity):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn = []
+    monkeypatch.setattr(figure, "savefig", lambda figure, file: drawn.append(figure))
+    lines = [{"step": i, "loss": 2.0, "learning_rate": 0.1} for i in range(1, n + 1)]
+    lines[3]["loss"], lines[5]["loss"], lines[7]["loss"] = None, float("nan"), float("inf")
+    checks = [{"step": i, "validation_loss": 2.0, **perplexity} for i in (1, 2)]
+    checks[0]["validation_loss"] = float("nan")
+    for some in lines, lines + checks:
+        file = tmp_path / "metrics.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in some))
+        plot.draw(file, "curve.png")
+        loss, _ = drawn[-1].axes
+        for line in loss.lines:
+            np.testing.assert_allclose(line.get_ydata(), 2.0)
+        assert len(loss.lines[0].get_xdata()) == n - 3
+        training = "training, smoothed" if n > 100 else "training"
+        found = [text.get_text() for text in loss.get_legend().get_texts()]
+        assert found == [training, "validation"][: 1 + (some is not lines)]
+        of_tokens = bool(perplexity) and some is not lines
+        assert loss.get_ylabel() == ("loss, nats a token" if of_tokens else "loss")
 
 
 @pytest.mark.parametrize(

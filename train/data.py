@@ -6,6 +6,7 @@
   batches                  rows, shuffled every epoch, as windows of micro-batches (by Grain);
                            a plain text is cut elsewhere in every epoch
   in_order                 rows once, for an evaluation
+  texts                    what a file says, line by line, for a tokenizer to learn from
 
 Four formats, told by suffix and by the keys of the first row:
   Alpaca       JSON or JSONL, `instruction`, `output` and perhaps `input`
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from etils import epath
 
-from llama_jax.chat import Message, encode_chat
+from llama_jax.chat import Message, common_prefix, encode_chat
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
 from llama_jax.tokenizer import Tokenizer
@@ -49,7 +50,9 @@ FORMATS = {  # keys that a row must have, and those it may have
     "Alpaca": (("instruction", "output"), ("input",)),
     "preferences": (("prompt", "chosen", "rejected"), ()),
 }
-FIELDS = ("tokens", "targets", "weights", "segments")
+# The arrays of a batch; `train.losses` says what they are.
+BATCH = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32}
+FIELDS = tuple(BATCH)
 MIN_SEQ_LEN = 2
 NO_SPACE = re.compile(r"[^ \t\r\n]")  # by JSON
 MAX_SEED = 2**32 - 1  # Grain's
@@ -173,8 +176,8 @@ def read_preferences(
 
     Texts are joined as they stand, BOS in front and EOS behind; with `chat`, and where prompt and
     answers are lists of messages, they are written as `config.version` chats. A pair is left out
-    where nothing of one answer is within `seq_len`. Arguments and errors as in `read`; `Counts`
-    counts pairs as rows, and the tokens of both.
+    where an answer is blank, or nothing of it is within `seq_len`. Arguments and errors as in
+    `read`; `Counts` counts pairs as rows, and the tokens of both.
     """
     _check_seq_len(seq_len, config)
     expected = "expected JSON or JSONL rows with prompt, chosen and rejected"
@@ -194,6 +197,22 @@ def read_preferences(
     _check_any(path, pairs, rows, seq_len)
     samples = [sample for pair in pairs for sample in pair]
     return pairs, _count(samples, len(rows), truncated, len(rows) - len(pairs))
+
+
+def texts(path: epath.PathLike) -> Iterator[str]:
+    """The lines of a plain text, or of every text in rows: of messages the content alone.
+
+    Raises `UserError` for a file that cannot be read, and for rows that are malformed, as `read`.
+    """
+    is_json, text = _is_json(path), _read_text(path)
+    if not is_json:
+        yield from text.splitlines()
+        return
+    for line, row in _read_rows(path, text)[1]:
+        for string in _strings(row):
+            with _at(path, line):
+                _check_unicode(string)
+            yield from string.splitlines()
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -398,6 +417,26 @@ def _string(row: dict[str, Any], key: str, default: str | None = None) -> str:
     return value
 
 
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a row or a part of it, but for roles."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([value[key] for key in value if key != "role"])
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text has a lone surrogate at character {error.start}, expected Unicode text"
+        ) from None
+
+
 def _messages(row: dict[str, Any], key: str) -> list[Message]:
     value = row[key]
     if not isinstance(value, list):
@@ -420,9 +459,12 @@ def _encode_dialog(
     tokenizer: Tokenizer, config: LlamaConfig, messages: Sequence[Message]
 ) -> Encoded:
     ids, mask = encode_chat(tokenizer, messages, config.version, add_generation_prompt=False)
-    if not any(m.role == "assistant" and m.content.strip() for m in messages):
-        mask = [False] * len(mask)
-    return ids, mask
+    return ids, mask if _answers(messages) else [False] * len(mask)
+
+
+def _answers(messages: Sequence[Message]) -> bool:
+    """Whether the assistant says anything."""
+    return any(m.role == "assistant" and m.content.strip() for m in messages)
 
 
 def _encode_alpaca(
@@ -434,30 +476,32 @@ def _encode_alpaca(
         question = f"{instruction}\n\n{given}" if given else instruction
         messages = [Message("user", question), Message("assistant", answer)]
         return _encode_dialog(tokenizer, config, messages)
-    ids, mask = _encode_joined(tokenizer, alpaca_prompt(instruction, given), answer)
-    return ids, mask if answer.strip() else [False] * len(mask)
+    return _encode_joined(tokenizer, alpaca_prompt(instruction, given), answer)
 
 
 def _encode_preference(
     tokenizer: Tokenizer, config: LlamaConfig, row: dict[str, Any], chat: bool
 ) -> list[Encoded]:
-    answers = ("chosen", "rejected")
+    keys = ("chosen", "rejected")
     if isinstance(row["prompt"], str):
-        prompt, texts = row["prompt"], [_string(row, key) for key in answers]
+        prompt, strings = row["prompt"], [_string(row, key) for key in keys]
         if not chat:
-            return [_encode_joined(tokenizer, prompt, text) for text in texts]
+            return [_encode_joined(tokenizer, prompt, string) for string in strings]
         before = [Message("user", prompt)]
-        dialogs = [[*before, Message("assistant", text)] for text in texts]
+        answers = [[Message("assistant", string)] for string in strings]
     else:
         before = _messages(row, "prompt")
-        dialogs = [[*before, *_messages(row, key)] for key in answers]
+        answers = [_messages(row, key) for key in keys]
     prompt_ids, _ = encode_chat(tokenizer, before, config.version)
     encoded = []
-    for dialog in dialogs:
+    for answer in answers:
+        dialog = [*before, *answer]
         if dialog[-1].role != "assistant":
             raise UserError("the last message of an answer is not the assistant's")
         ids, mask = encode_chat(tokenizer, dialog, config.version, add_generation_prompt=False)
-        n = _common_prefix(prompt_ids, ids)  # the assistant may have spoken before
+        n = common_prefix(prompt_ids, ids)  # the assistant may have spoken before
+        if not _answers(answer):
+            n = len(ids)
         encoded.append((ids, [False] * n + mask[n:]))
     return encoded
 
@@ -465,13 +509,8 @@ def _encode_preference(
 def _encode_joined(tokenizer: Tokenizer, prompt: str, answer: str) -> Encoded:
     """As one text: an answer's first token may depend on the prompt."""
     ids = [*tokenizer.encode(prompt + answer, bos=True), tokenizer.eos_id]
-    n = _common_prefix(tokenizer.encode(prompt, bos=True), ids)
-    return ids, [False] * n + [True] * (len(ids) - n)
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    return next((i for i in range(n) if a[i] != b[i]), n)
+    n = common_prefix(tokenizer.encode(prompt, bos=True), ids)
+    return ids, [False] * n + [bool(answer.strip())] * (len(ids) - n)
 
 
 def _sample(ids: Sequence[int], counts: Sequence[bool], seq_len: int) -> Sample:
@@ -531,18 +570,17 @@ def _lay_out(
     samples: Sequence[Sample], rows: Sequence[Sequence[int]], seq_len: int, together: int = 1
 ) -> Rows:
     shape = len(rows), seq_len
-    tokens, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    weights = np.zeros(shape, np.float32)
+    arrays = {name: np.zeros(shape, dtype) for name, dtype in BATCH.items()}
     for row, packed in enumerate(rows):
         begin = 0
         for number, i in enumerate(packed, 1):
             ids, counts = samples[i].ids, samples[i].counts
             place = row, slice(begin, begin + len(ids) - 1)
-            tokens[place], targets[place] = ids[:-1], ids[1:]
-            weights[place], segments[place] = counts[1:], number
+            arrays["tokens"][place], arrays["targets"][place] = ids[:-1], ids[1:]
+            arrays["weights"][place], arrays["segments"][place] = counts[1:], number
             begin += len(ids) - 1
     one_text = len(samples) > 1 and all(sample.continues for sample in samples[1:])
-    return Rows(tokens, targets, weights, segments, together, one_text)
+    return Rows(**arrays, together=together, one_text=one_text)
 
 
 # Batches
@@ -622,13 +660,10 @@ def in_order(rows: Rows, batch_size: int, *, part: int = 0, parts: int = 1) -> I
 
 
 def _check_parts(batch_size: int, parts: int) -> None:
-    if batch_size < parts:
-        raise UserError(
-            f"a batch of {batch_size} rows has fewer than there are processes, {parts}: "
-            "take a larger batch"
-        )
     if batch_size % parts:
-        raise UserError(f"a batch of {batch_size} rows does not divide among {parts} processes")
+        raise UserError(
+            f"a batch of {batch_size} rows does not divide among {parts} processes: take a multiple"
+        )
 
 
 def _take(rows: Rows, examples: np.ndarray, shifts: np.ndarray) -> Batch:

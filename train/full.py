@@ -46,12 +46,13 @@ from llama_jax.lora import everything, split
 from llama_jax.model import Llama, Params, unstack
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from train import flags
-from train.data import pack, read
+from train.data import pack, read, texts
 from train.loop import Task, fit
 from train.losses import next_token
 from train.stacked import stack_layers
 
 PROG = "train.full"
+LONGEST_LINE = 1 << 30  # bytes: SentencePiece takes no more, and drops what is longer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -115,13 +116,16 @@ def checkpoint_source(path: str) -> Source:
 def new_source(args: argparse.Namespace, folder: Path) -> Source:
     """A model of new parameters; the tokenizer is learnt here and lies in `folder`.
 
+    Whatever shape is asked for, the version is "2", that of the tokenizer: chat format and stop ids
+    of Llama 3 are special tokens, which SentencePiece does not have.
+
     Raises `UserError` for an unknown preset, a file that is no config, and data from which no
     such vocabulary can be learnt.
     """
     config = get_preset(args.preset) if args.preset else read_config(args.config)
     file = folder / "tokenizer.model"
     file.write_bytes(train_tokenizer(args.data, args.train_tokenizer))
-    config = dataclasses.replace(config, vocab_size=args.train_tokenizer)
+    config = dataclasses.replace(config, vocab_size=args.train_tokenizer, version="2")
 
     def params(mesh: Mesh | None) -> Params:
         return new_params(config, args.seed, mesh)
@@ -161,17 +165,14 @@ def read_config(path: str) -> LlamaConfig:
 def train_tokenizer(path: str, vocab_size: int) -> bytes:
     """A SentencePiece BPE model with byte fallback, as Llama 1 and 2 have, learnt from a file.
 
-    Of rows of JSON all strings are learnt from. Raises `UserError` where the file has too few
-    different pieces, or is no text.
+    Of rows all texts are learnt from, as `train.data.texts` has them. Raises `UserError` where the
+    file has too few different pieces, or cannot be read.
     """
-    try:
-        text = epath.Path(path).read_text()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"{path} is not a UTF-8 text file, expected data to train on") from None
+    lines = list(texts(path))  # what is wrong with them is told before SentencePiece asks
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(text.splitlines()),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -179,6 +180,7 @@ def train_tokenizer(path: str, vocab_size: int) -> bytes:
             split_digits=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
+            max_sentence_length=LONGEST_LINE,
             minloglevel=2,
         )
     except RuntimeError:  # SentencePiece's, where a text has too few different pieces

@@ -1,10 +1,14 @@
-"""What training minimizes: sums, and the weight of what they are sums over. The caller divides.
+"""What training minimizes.
 
-A batch is a dict of arrays [B, T]:
-  tokens    int32, inputs
-  targets   int32, the token that follows each in the same text
-  weights   float32, 1 where the loss of the target counts, else 0
-  segments  int32, 1, 2, ... for the texts packed in a row, 0 for padding
+A loss takes parameters, a batch, and a key for dropout or None. It returns the sum of the losses,
+the sum of the weights that the caller divides by, and sums of what else there is to see, by name:
+all of them float32 scalars.
+
+A batch is a dict of arrays [B, T], of the types in `train.data.BATCH`:
+  tokens    inputs
+  targets   the token that follows each in the same text
+  weights   1 where the loss of the target counts, else 0
+  segments  1, 2, ... for the texts packed in a row, 0 for padding
 """
 
 import math
@@ -21,11 +25,10 @@ from llama_jax.model import Llama, Params, head_kernel
 from llama_jax.sharding import constrain, part
 
 Batch = dict[str, jax.Array]
-# Sum of losses, sum of weights, and sums of what else there is to see: float32 scalars
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
-Loss = Callable[[Params, Batch, jax.Array | None], Sums]  # of parameters, batch, key for dropout
+Loss = Callable[[Params, Batch, jax.Array | None], Sums]
 
-LOGITS = 1 << 26  # most logits that are in memory at once: 256 MiB
+LOGITS = 1 << 26  # most logits that are in the memory of a device at once: 256 MiB
 
 
 def next_token(config: LlamaConfig, *, remat: str = "none", dropout: float = 0.0) -> Loss:
@@ -128,16 +131,15 @@ def token_nats(
         target_BT = jnp.sum(jnp.where(is_target, logits_BTV, 0), axis=-1)
         return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
 
-    blocks = _blocks(T, math.prod(part((B, config.vocab_size), "batch", "vocab")))
+    each = math.prod(part((B, config.vocab_size), "batch", "vocab"))  # logits of a position
+    blocks = math.ceil(T / max(1, LOGITS // each))
     if blocks == 1:
         return nats(x_BTD, batch["targets"])
-    x_nBtD = jnp.swapaxes(x_BTD.reshape(B, blocks, -1, D), 0, 1)
-    targets_nBt = jnp.swapaxes(batch["targets"].reshape(B, blocks, -1), 0, 1)
+    width = math.ceil(T / blocks)
+    more = blocks * width - T  # cut off again
+    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, more), (0, 0)))
+    targets_BT = jnp.pad(batch["targets"], ((0, 0), (0, more)))
+    x_nBtD = jnp.swapaxes(x_BTD.reshape(B, blocks, width, D), 0, 1)
+    targets_nBt = jnp.swapaxes(targets_BT.reshape(B, blocks, width), 0, 1)
     nats_nBt = jax.lax.map(lambda block: jax.checkpoint(nats)(*block), (x_nBtD, targets_nBt))
-    return jnp.swapaxes(nats_nBt, 0, 1).reshape(B, T)
-
-
-def _blocks(T: int, logits: int) -> int:
-    """How many equal parts to make of T positions with so many logits each on a device."""
-    least = math.ceil(T * logits / LOGITS)
-    return next(n for n in range(max(1, min(least, T)), T + 1) if T % n == 0)
+    return jnp.swapaxes(nats_nBt, 0, 1).reshape(B, -1)[:, :T]

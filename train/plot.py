@@ -1,6 +1,7 @@
 """The picture of a run: loss and validation loss by step, the learning rate below."""
 
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -10,12 +11,13 @@ MANY = 100  # steps from which single ones are drawn faint
 
 
 def draw(metrics: epath.Path, file: str) -> None:
-    """Writes the picture of a `metrics.jsonl`."""
+    """Writes the picture of a `metrics.jsonl`; a loss that is no finite number is left out."""
     from matplotlib.figure import Figure
 
     lines: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    validations = [line for line in lines if "validation_loss" in line]
+    steps = [line for line in lines if _is_finite(line.get("loss"))]
+    validations = [line for line in lines if _is_finite(line.get("validation_loss"))]
+    of_tokens = any("perplexity" in line for line in validations)
     at, losses = [line["step"] for line in steps], [line["loss"] for line in steps]
     figure = Figure(figsize=(8, 6), dpi=130, layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -33,8 +35,8 @@ def draw(metrics: epath.Path, file: str) -> None:
             markersize=4,
             label="validation",
         )
-        loss.legend()
-    loss.set_ylabel("loss, nats a token")
+    loss.legend()
+    loss.set_ylabel("loss, nats a token" if of_tokens else "loss")
     loss.grid(axis="y", alpha=0.3)
     rate.plot(at, [line["learning_rate"] for line in steps], color="C2")
     rate.set_ylabel("learning rate")
@@ -42,6 +44,10 @@ def draw(metrics: epath.Path, file: str) -> None:
     rate.grid(axis="y", alpha=0.3)
     rate.set_xlabel("step")
     figure.savefig(file)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _smoothed(values: list[float]) -> list[float]:
