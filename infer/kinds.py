@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from llama_jax.command import ArgumentParser
+from llama_jax.command import QUANTIZATION_FLAGS, ArgumentParser
 from llama_jax.quant import GROUPED, KINDS, Quantization
 
 NAMES = ("none", *KINDS)
@@ -12,7 +12,7 @@ NAMES = ("none", *KINDS)
 def add_flags(parser: ArgumentParser, **options: Any) -> None:
     """`--quantize` with these options of `argparse`, and the flags that go with it."""
     parser.add_argument("--quantize", metavar="KINDS", **options)
-    parser.add_shared("--quantize-embeddings", "--group-size", "--double-quantization")
+    parser.add_shared(*QUANTIZATION_FLAGS)
 
 
 def check(parser: ArgumentParser, args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from infer.topology import CHIPS, SLICES, Chip, Slice
 from llama_jax import cache as kv
 from llama_jax import checkpoint, sharding
 from llama_jax.checkpoint import format_bytes
-from llama_jax.command import FLAGS, ArgumentParser, report, run
+from llama_jax.command import FLAGS, QUANTIZATION_FLAGS, ArgumentParser, report, run
 from llama_jax.config import LlamaConfig, get_preset
 from llama_jax.errors import UserError
 from llama_jax.quant import KINDS, Quantization
@@ -38,11 +38,9 @@ PROG = "infer.plan"
 PROMPT = 512  # tokens, where nothing is said
 MOST_ROWS = 1 << 20
 PROGRAMS = {"start": "prefill", "extend": "prefill of a later chunk", "decode": "decode"}
-QUANTIZATION_FLAGS = ("--quantize-embeddings", "--group-size", "--double-quantization")
-FIGURES = (  # of a program, in JSON
-    "hbm_bytes", "step_hbm_bytes", "padded_hbm_bytes", "least_bytes", "argument_bytes",
-    "temp_bytes", "flops", "estimated_cycles", "unestimated", "collectives",
-    "roofline_tokens_per_s", "compile_s",
+FIGURES = (  # of any program, in JSON
+    "hbm_bytes", "padded_hbm_bytes", "argument_bytes", "temp_bytes", "flops", "estimated_cycles",
+    "unestimated", "collectives", "compile_s",
 )  # fmt: skip
 
 
@@ -231,17 +229,13 @@ def plan(request: Request) -> dict[str, Any]:
     """
     arrays = make_arrays(request)
     sizes, room = arrays.mesh.shape, request.chips.chip.memory
-    resting = arrays.weights_bytes + arrays.cache_bytes
-    compiled, reason = {}, None
-    if resting > room:
-        reason = f"weights and cache alone take {of_room(resting, room)}"
-    else:
+    resting = {"weights": arrays.weights_bytes, "cache": arrays.cache_bytes}
+    compiled = {}
+    memory, reason = account(room, resting, "weights and cache alone take")
+    if reason is None:
         compiled, reason = compile_all(request, arrays)
-    worst = max(compiled.values(), key=lambda program: program.total_bytes, default=None)
-    total = worst.total_bytes if worst else resting
-    temporaries = worst.temp_bytes if worst else 0
-    if worst and total > room:
-        reason = f"the programs take {of_room(total, room)}"
+    if compiled:
+        memory, reason = account(room, resting, "the programs take", compiled.values())
     least = functools.partial(arrays.least_bytes, request.config, request.batch)
     prompts = request.batch * request.prompt_tokens
     return {
@@ -256,14 +250,7 @@ def plan(request: Request) -> dict[str, Any]:
         "batch": request.batch,
         "context": request.context,
         "prompt_tokens": request.prompt_tokens,
-        "memory": {
-            "weights": arrays.weights_bytes,
-            "cache": arrays.cache_bytes,
-            "temporaries": temporaries,
-            "other": total - resting - temporaries,
-            "total": total,
-            "chip": room,
-        },
+        "memory": memory,
         "prefill": _figures(
             request, compiled.get("prefill"), least(request.prompt_tokens, read=False), prompts
         ),
@@ -283,9 +270,20 @@ def quantization_fields(quantization: Quantization | None) -> dict[str, Any]:
     }
 
 
-def of_room(size: int, room: int) -> str:
-    """2.00 GB a chip of 16.91 GB"""
-    return f"{format_bytes(size)} a chip of {format_bytes(room)}"
+def account(
+    room: int, resting: Mapping[str, int], what: str, programs: Iterable[Compiled] = ()
+) -> tuple[dict[str, int], str | None]:
+    """(bytes of a chip by kind of memory, why they do not fit or None).
+
+    With the program that takes most on top of what rests there; the reason begins with `what`.
+    """
+    rests = sum(resting.values())
+    worst = max(programs, key=lambda program: program.total_bytes, default=None)
+    total, temporaries = (worst.total_bytes, worst.temp_bytes) if worst else (rests, 0)
+    reason = f"{what} {format_bytes(total)} a chip of {format_bytes(room)}"
+    others = {"temporaries": temporaries, "other": total - rests - temporaries}
+    memory = {**resting, **others, "total": total, "chip": room}
+    return memory, reason if total > room else None
 
 
 def _figures(
@@ -296,24 +294,27 @@ def _figures(
     `hbm_bytes` of `decode` are those of a call of one step; of them `step_hbm_bytes` recur with
     each of its `steps`, the others once a call. The rate is that of long calls.
     """
-    told = dict.fromkeys(FIGURES) | {"least_bytes": least}
+    chip = request.chips.chip
+    told = program_figures(program, chip) | {"least_bytes": least}
+    told |= dict.fromkeys(("step_hbm_bytes", "roofline_tokens_per_s"))
     if program is None:
         return told
-    chip, cost = request.chips.chip, dataclasses.asdict(program.cost)
-    moved = cost["hbm_bytes"]
+    moved = program.cost.hbm_bytes
     if steps:  # those in the loop over steps, or all if there is none
-        moved = told["step_hbm_bytes"] = cost["open_loop_bytes"] or moved
+        moved = told["step_hbm_bytes"] = program.cost.open_loop_bytes or moved
     kind = request.quantization and request.quantization.kind
-    seconds = max(moved / chip.bandwidth, cost["flops"] / peak_flops(chip, kind))
-    told |= {name: cost[name] for name in FIGURES if name in cost}
-    if not chip.clock:
-        told["estimated_cycles"] = None
-    return told | {
-        "argument_bytes": program.argument_bytes,
-        "temp_bytes": program.temp_bytes,
-        "roofline_tokens_per_s": tokens / seconds,
-        "compile_s": program.compile_s,
-    }
+    seconds = max(moved / chip.bandwidth, program.cost.flops / peak_flops(chip, kind))
+    return told | {"roofline_tokens_per_s": tokens / seconds}
+
+
+def program_figures(program: Compiled | None, chip: Chip) -> dict[str, Any]:
+    """`FIGURES` of a program; None each without one, and where the compiler estimates nothing."""
+    if program is None:
+        return dict.fromkeys(FIGURES)
+    fields = dataclasses.asdict(program)
+    fields |= fields["cost"]
+    told = {name: fields[name] for name in FIGURES}
+    return told if chip.clock else told | {"estimated_cycles": None}
 
 
 def peak_flops(chip: Chip, kind: str | None) -> float:
@@ -493,17 +494,19 @@ def _describe(program: dict[str, Any], chip: Chip, kind: str) -> list[str]:
     if moved < 0.995 * least:
         beside = f"of {format_bytes(least)} that it needs: the rest stays on the chip"
     once = f"; {format_bytes(whole - moved)} once a call" if whole > 1.001 * moved else ""
-    works = program["collectives"]
-    exchanged = ""
-    if works:
-        exchanged = f"; {format_bytes(sum(work['bytes'] for work in works.values()))}"
-    lines = [
+    return [
         f"  {format_bytes(moved)} a chip to and from memory, {beside}{once}",
         f"  at best {program['roofline_tokens_per_s']:,.0f} tokens/s, by "
         f"{chip.bandwidth / 1e9:,.0f} GB/s and {peak_flops(chip, kind) / 1e12:,.0f} TFLOP/s",
-        f"  collectives: {counts(works.items())}{exchanged}",
+        describe_collectives(program["collectives"]),
+        *describe_estimate(program, chip),
     ]
-    return lines + describe_estimate(program, chip)
+
+
+def describe_collectives(works: Mapping[str, dict[str, int]]) -> str:
+    """A line with how many there are, and the bytes they exchange."""
+    exchanged = f"; {format_bytes(sum(work['bytes'] for work in works.values()))}" if works else ""
+    return f"  collectives: {counts(works.items())}{exchanged}"
 
 
 def describe_estimate(program: dict[str, Any], chip: Chip) -> list[str]:

@@ -26,6 +26,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # that mean the same in several commands
     "--lora": {"metavar": "DIR", "help": "adapter directory to use with the model (none)"},
     "--mesh": {"metavar": "SIZES", "help": "devices to split over, data=2,tensor=4 (one)"},
 }
+QUANTIZATION_FLAGS = ("--quantize-embeddings", "--group-size", "--double-quantization")
 USERS_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
 
 

@@ -150,8 +150,8 @@ def test_a_plan_adds_up():
     told = plan.plan(request("v5e-1", accumulate=1))
     assert (told["fits"], told["reason"], told["mesh"]) == (True, None, "")
     memory = told["memory"]
-    assert sum(memory[kind] for kind in plan.KINDS) == memory["total"] <= memory["chip"]
-    assert all(memory[kind] >= 0 for kind in plan.KINDS)
+    assert sum(memory[kind] for kind in plan.MEMORY) == memory["total"] <= memory["chip"]
+    assert all(memory[kind] >= 0 for kind in plan.MEMORY)
     step, chip = told["step"], topology.CHIPS["v5e"]
     assert step["tokens"] == 8 * 128
     assert step["argument_bytes"] >= memory["weights"] + memory["adapters"] + memory["optimizer"]

@@ -7,7 +7,6 @@ device. Operations are those of matrix products; XLA counts none in an attention
 """
 
 import argparse
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,25 +14,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from infer import topology
 from infer.plan import (
     Compiled,
+    account,
     add_case,
     answer,
     check_case,
     compile_program,
-    counts,
+    describe_collectives,
     describe_estimate,
     describe_memory,
     describe_weights,
     make_mesh,
     make_quantization,
-    of_room,
     plural,
+    program_figures,
     quantization_fields,
     too_large,
 )
@@ -46,6 +45,7 @@ from llama_jax.errors import UserError
 from llama_jax.lora import LoraConfig
 from llama_jax.model import REMAT, Params, stack
 from llama_jax.quant import Quantization
+from train.data import BATCH
 from train.flags import flops_per_token
 from train.losses import next_token
 from train.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
@@ -54,8 +54,7 @@ from train.step import State, init_state, make_step
 
 PROG = "train.plan"
 STEPS = 1000  # of the schedule, which costs nothing
-BATCH = {"tokens": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32}
-KINDS = ("weights", "adapters", "optimizer", "batch", "temporaries", "other")
+MEMORY = ("weights", "adapters", "optimizer", "batch", "temporaries", "other")
 
 
 @dataclass(frozen=True)
@@ -166,16 +165,12 @@ def plan(request: Request) -> dict[str, Any]:
     Figures that only a compiled program has are None without one.
     """
     arrays = make_arrays(request)
-    room, resting = request.chips.chip.memory, sum(arrays.bytes.values())
-    program, reason = None, None
-    if resting > room:
-        reason = f"weights, optimizer and batch alone take {of_room(resting, room)}"
-    else:
+    room, program = request.chips.chip.memory, None
+    memory, reason = account(room, arrays.bytes, "weights, optimizer and batch alone take")
+    if reason is None:
         program, reason = compile_step(request, arrays)
-    total = program.total_bytes if program else resting
-    temporaries = program.temp_bytes if program else 0
-    if program and total > room:
-        reason = f"the step takes {of_room(total, room)}"
+    if program:
+        memory, reason = account(room, arrays.bytes, "the step takes", [program])
     adapters, learning = request.adapters, jax.tree.leaves(arrays.state.trained)
     return {
         "fits": reason is None,
@@ -194,47 +189,32 @@ def plan(request: Request) -> dict[str, Any]:
         "batch": request.batch,
         "seq_len": request.seq_len,
         "accumulate": request.accumulate,
-        "memory": {
-            **arrays.bytes,
-            "temporaries": temporaries,
-            "other": total - resting - temporaries,
-            "total": total,
-            "chip": room,
-        },
+        "memory": memory,
         "step": _figures(request, program, sum(x.size for x in learning)),
     }
 
 
 def _figures(request: Request, program: Compiled | None, learning: int) -> dict[str, Any]:
     """What is told of a step; operations a token are those of all chips together."""
-    adapters = None if request.adapters is None else learning
-    told: dict[str, Any] = {
+    chip, adapters = request.chips.chip, None if request.adapters is None else learning
+    told = {
         "tokens": request.tokens,
         "necessary_flops_per_token": flops_per_token(request.config, request.seq_len, adapters),
+        **program_figures(program, chip),
     }
-    names = ("hbm_bytes", "padded_hbm_bytes", "flops", "estimated_cycles", "unestimated")
-    names += ("collectives",)
-    others = ("flops_per_token", "argument_bytes", "temp_bytes", "roofline_s", "bound")
-    others += ("roofline_tokens_per_s", "compile_s")
     if program is None:
-        return told | dict.fromkeys((*names, *others))
-    chip, cost = request.chips.chip, dataclasses.asdict(program.cost)
+        others = ("flops_per_token", "roofline_s", "bound", "roofline_tokens_per_s")
+        return told | dict.fromkeys(others)
     bounds = {
-        "compute": cost["flops"] / chip.bf16_flops,
-        "memory": cost["hbm_bytes"] / chip.bandwidth,
+        "compute": program.cost.flops / chip.bf16_flops,
+        "memory": program.cost.hbm_bytes / chip.bandwidth,
     }
     bound = max(bounds, key=lambda name: bounds[name])
-    told |= {name: cost[name] for name in names}
-    if not chip.clock:
-        told["estimated_cycles"] = None
     return told | {
-        "flops_per_token": cost["flops"] * request.chips.count / request.tokens,
-        "argument_bytes": program.argument_bytes,
-        "temp_bytes": program.temp_bytes,
+        "flops_per_token": program.cost.flops * request.chips.count / request.tokens,
         "roofline_s": bounds[bound],
         "bound": bound,
         "roofline_tokens_per_s": request.tokens / bounds[bound],
-        "compile_s": program.compile_s,
     }
 
 
@@ -282,8 +262,8 @@ def make_request(args: argparse.Namespace, config: LlamaConfig, chips: Slice) ->
         )
     adapters = None
     if args.method == "lora":
-        rank = args.rank or 16
-        adapters = LoraConfig.of(args.targets or "q,v", rank=rank, alpha=2.0 * rank)
+        rank, targets = args.rank or LoraConfig.rank, args.targets or ",".join(LoraConfig.targets)
+        adapters = LoraConfig.of(targets, rank=rank, alpha=2.0 * rank)
     quantization = make_quantization(args)
     if quantization is not None and adapters is None:
         raise UserError(f"{args.checkpoint} is quantized, and quantized weights do not learn")
@@ -318,7 +298,7 @@ def describe(result: dict[str, Any]) -> str:
             f"({result['parameters_that_learn']:,} parameters), {result['optimizer']}, "
             f"{micro}{result['batch']} x {result['seq_len']} tokens, remat {result['remat']}, "
             f"on {part.name}: {plural(part.count, 'chip')}{on}",
-            *describe_memory(result, KINDS),
+            *describe_memory(result, MEMORY),
             *_describe_step(result["step"], part.chip),
         ]
     )
@@ -333,8 +313,6 @@ def _describe_step(step: dict[str, Any], chip: Chip) -> list[str]:
         "compute": f"{chip.bf16_flops / 1e12:,.0f} TFLOP/s",
         "memory": f"{chip.bandwidth / 1e9:,.0f} GB/s",
     }[step["bound"]]
-    works = step["collectives"].values()
-    exchanged = f"; {format_bytes(sum(work['bytes'] for work in works))}" if works else ""
     return [
         *lines,
         f"  {step['flops_per_token'] / 1e9:,.1f} GFLOP a token without attention, where "
@@ -342,7 +320,7 @@ def _describe_step(step: dict[str, Any], chip: Chip) -> list[str]:
         f"  {format_bytes(step['hbm_bytes'])} a chip to and from memory",
         f"  at best {step['roofline_tokens_per_s']:,.0f} tokens/s ({step['roofline_s'] * 1e3:,.1f} "
         f"ms), bound by {step['bound']}: {limit}",
-        f"  collectives: {counts(step['collectives'].items())}{exchanged}",
+        describe_collectives(step["collectives"]),
         *describe_estimate(step, chip),
     ]
 
