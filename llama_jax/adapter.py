@@ -144,7 +144,7 @@ def save_adapter(
 ) -> None:
     """Writes the adapters of `params` as an adapter directory; leaves nothing behind if it fails.
 
-    To be called in every process of a run; the first one writes.
+    To be called in every process of a run; the first one writes, and the others do not wait for it.
 
     Args:
       params: a tree with `Lora` leaves, stacked or not; all others are left out. `LazyArray`s are
@@ -162,24 +162,8 @@ def save_adapter(
         tree = unstack(tree)
     _check(tree, config)
     tree = _as_dicts(tree)
-    try:
-        if jax.process_index() == 0:
-            _write(path, tree, config, base, provenance, progress)
-    finally:
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices(f"save_adapter {path}")
-
-
-def _write(
-    path: str | os.PathLike,
-    tree: Params,
-    config: LoraConfig,
-    base: str,
-    provenance: dict[str, Any],
-    progress: Callable[[str, int], None] | None,
-) -> None:
+    if jax.process_index() > 0:
+        return
     fields = {"format": FORMAT, **config.to_json(), "base": base}
     with checkpoint.new_directory(path, checkpoint.stored_bytes(tree)) as staging:
         checkpoint.save_tree(staging / "params", tree, progress)

@@ -643,7 +643,7 @@ def open_tree(directory: epath.Path) -> Params:
     A leaf is a read-only array mapped from its file where the checkpoint is local and in the
     layout of `save_tree`, and a `jax.ShapeDtypeStruct` in any other layout that Orbax knows.
     """
-    with _damage_is_user_error(directory):
+    with damage_is_user_error(directory):
         metadata = json.loads((directory / "_METADATA").read_bytes())
         entries = metadata["tree_metadata"].values()
         paths = [[key["key"] for key in entry["key_metadata"]] for entry in entries]
@@ -712,7 +712,7 @@ def _restore(directory: epath.Path, stored: Params, dtype: Any, shardings: Any) 
         restore_args = jax.tree.map(how, stored, shardings)
     arguments = ocp.args.PyTreeRestore(stored, restore_args, partial_restore=True)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    with quiet(), _damage_is_user_error(directory), checkpointer:
+    with quiet(), damage_is_user_error(directory), checkpointer:
         return checkpointer.restore(directory, arguments)
 
 
@@ -880,7 +880,8 @@ def _full_disk_is_user_error(path: epath.Path, needed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _damage_is_user_error(directory: epath.Path) -> Iterator[None]:
+def damage_is_user_error(directory: epath.Path, remedy: str = _AGAIN) -> Iterator[None]:
+    """Makes one line, with what to do, of what is raised where files are not as they were written."""
     try:
         yield
     except Exception as error:
@@ -888,7 +889,7 @@ def _damage_is_user_error(directory: epath.Path) -> Iterator[None]:
         if not isinstance(error, known) and type(error) is not Exception:  # Orbax raises that
             raise
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UserError(f"{directory} is damaged or incomplete ({reason}); {_AGAIN}") from None
+        raise UserError(f"{directory} is damaged or incomplete ({reason}); {remedy}") from None
 
 
 @contextlib.contextmanager

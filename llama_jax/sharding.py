@@ -195,11 +195,14 @@ def _axes(names: Sequence[str], path: tuple, ndim: int) -> tuple[str | None, ...
     return (None, width) if path[-1].name == "a" else (out, None)
 
 
-def shardings(params: Any, mesh: Mesh) -> Any:
-    """A `NamedSharding` for each array of a parameter tree, those inside of its leaves included.
+def shardings(params: Any, mesh: Mesh | None) -> Any:
+    """Where each array of a parameter tree lies, those inside of its leaves included.
 
-    Stacked layers are not split.
+    On `mesh`, where stacked layers are not split, or on the first device.
     """
+    if mesh is None:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: first, params)
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
         names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]

@@ -167,7 +167,8 @@ def _no_special(name: str) -> UserError:
     )
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
+    """`text`; raises `UserError` where it has lone surrogates, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -203,7 +204,7 @@ class SentencePiece(Tokenizer):
         self.leading_space = self._model.decode([self._model.piece_to_id("\u2581")]) == ""
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        return [self.bos_id] * bos + self._model.encode(_valid(text))
+        return [self.bos_id] * bos + self._model.encode(valid(text))
 
     def special_id(self, name: str) -> int:
         token_id = self._model.piece_to_id(name)
@@ -251,7 +252,7 @@ class Tiktoken(Tokenizer):
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         ids = [self.bos_id] * bos
-        for chunk in _split_runs(_valid(text)):
+        for chunk in _split_runs(valid(text)):
             ids += self._model.encode_ordinary(chunk)
         return ids
 
@@ -327,7 +328,7 @@ class HuggingFace(Tokenizer):
         raise _Malformed(f"has none of the special tokens {', '.join(names)}")
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        ids = self._model.encode(_valid(text), add_special_tokens=False).ids
+        ids = self._model.encode(valid(text), add_special_tokens=False).ids
         return [self.bos_id] * bos + ids
 
     def special_id(self, name: str) -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from oracle import tiny
 from test_processes import free_port
 from test_train_lora import LOSS_RTOL, losses, metrics, write_model, write_text
 
+from convert import quantize
 from llama_jax import sharding
 from llama_jax.checkpoint import abstract, load_params
 from llama_jax.errors import UserError
 from llama_jax.lora import everything
-from train import checkpoints, full, loop, lora, placement
+from train import checkpoints, full, loop, lora, placement, progress
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.step import init_state
 
@@ -175,6 +178,7 @@ def test_an_output_that_is_there_is_not_overwritten(given, stopped):
         (["--rank", "2"], "--rank was 16, is 2"),
         (["--seed", "1"], "--seed was 0, is 1"),
         (["--scan"], "--scan was None, is True"),
+        (["--dtype", "bfloat16"], "--dtype was float32, is bfloat16"),
         (["--validation", "0.5"], "the data was "),
     ],
 )
@@ -205,6 +209,42 @@ def test_what_changes_no_number_may_differ(given, stopped, tmp_path, capsys):
     capsys.readouterr()
     run(given, stopped, *flags)
     assert capsys.readouterr().err.endswith("adapter is there: this run is finished\n")
+
+
+def test_a_base_quantized_otherwise_is_told(given, stopped, tmp_path):
+    """Its fingerprint is that of the model that it was made of."""
+    flags = ["--output", str(tmp_path / "nf4"), "--quantize", "nf4", "--group-size", "16"]
+    quantize.main(["--checkpoint", given[1], *flags])
+    with pytest.raises(UserError, match=r"the model was ([0-9a-f]+), is \1 as .*nf4"):
+        run([given[0], str(tmp_path / "nf4"), *given[2:]], stopped, "--steps", "6", "--resume")
+
+
+def test_a_damaged_checkpoint_is_told(given, tmp_path, monkeypatch):
+    """The run goes on from the one before it is deleted."""
+    monkeypatch.setattr(lora, "save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    flags, last = ["--steps", "6", "--save-every", "2"], tmp_path / "out/checkpoints/4"
+    with pytest.raises(KeyboardInterrupt):
+        run(given, tmp_path / "out", *flags)
+    shutil.rmtree(last / "state")
+    with pytest.raises(UserError, match="delete it to go on from the one before") as raised:
+        run(given, tmp_path / "out", *flags, "--resume")
+    assert str(last) in str(raised.value)
+    shutil.rmtree(last)
+    with pytest.raises(KeyboardInterrupt):
+        run(given, tmp_path / "out", *flags, "--resume")
+    assert [line["step"] for line in metrics(tmp_path / "out")[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_of_metrics_is_json_whatever_overflows(tmp_path):
+    with progress._Lines(epath.Path(tmp_path) / "metrics.jsonl", 0) as lines:
+        lines.add({"step": 1, "loss": 2.5, "grad_norm": float("inf"), "margin": float("nan")})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1,
+        "loss": 2.5,
+        "grad_norm": None,
+        "margin": None,
+    }
 
 
 def test_something_else_is_not_gone_on_with(given, tmp_path):

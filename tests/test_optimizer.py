@@ -102,14 +102,33 @@ def test_adamw_is_that_of_pytorch():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_norms_are_not_decayed(name):
-    """Where the gradient is 0, decay alone moves anything."""
+def test_all_but_norms_decay_by_the_rate(name):
+    """Where the gradient is 0, decay alone moves anything: rate * decay * parameter, as in AdamW."""
     params = oracle.random_params(CONFIG)
-    optimizer = make_optimizer(OptimizerConfig(name, weight_decay=0.1), 5, everything)
+    config = OptimizerConfig(name, learning_rate=0.01, weight_decay=0.1)
+    optimizer = make_optimizer(config, 5, everything)
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
-    for path, update in jax.tree_util.tree_leaves_with_path(updates):
-        assert bool(np.any(update)) == (path[-1].key != "scale"), path
+    expected = jax.tree.map_with_path(
+        lambda path, x: 0 * x if path[-1].key == "scale" else -0.01 * 0.1 * x, params
+    )
+    for update, theirs in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+        np.testing.assert_allclose(update, theirs, rtol=1e-5)
+
+
+def test_adafactor_follows_the_gradient_as_in_optax():
+    params, config = (
+        oracle.random_params(CONFIG),
+        OptimizerConfig("adafactor", 0.01, "constant", clip=0),
+    )
+    ours, theirs = make_optimizer(config, 5, everything), optax.adafactor(0.01)
+    our_state, their_state = ours.init(params), theirs.init(params)
+    for seed in range(3):
+        gradient = noise(params, seed)
+        updates, our_state = ours.update(gradient, our_state, params)
+        expected, their_state = theirs.update(gradient, their_state, params)
+        for update, other in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+            np.testing.assert_allclose(update, other, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(

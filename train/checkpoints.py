@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from llama_jax.checkpoint import damage_is_user_error
 from llama_jax.command import is_first_process
 from llama_jax.model import Params
 from train.step import State
@@ -23,9 +24,7 @@ class Checkpoints:
         self._ocp = ocp
 
         def manager(name: str, keep: int | None) -> Any:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, save_interval_steps=1
-            )
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
             return ocp.CheckpointManager(directory / name, options=options)
 
         self._directory = directory
@@ -76,7 +75,8 @@ class Checkpoints:
     def restore(self, state: State) -> tuple[State, Any, tuple[float, int] | None]:
         """The last state, the position of the data, the best validation loss and its step.
 
-        `state` itself, which says where arrays lie, and None where nothing is saved.
+        `state` itself, which says where arrays lie, and None where nothing is saved; otherwise its
+        arrays are gone, as two states may not fit. Raises `UserError` where one is damaged.
         """
         step = self._states.latest_step()
         for later in self._best.all_steps():
@@ -85,13 +85,17 @@ class Checkpoints:
         if step is None:
             return state, None, None
         args, abstract = self._ocp.args, _abstract(state)
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
         how = self._ocp.checkpoint_utils.construct_restore_args(abstract)
-        found = self._states.restore(
-            step,
-            args=args.Composite(
-                state=args.PyTreeRestore(abstract, restore_args=how), rest=args.JsonRestore()
-            ),
-        )
+        saved = self._directory / "checkpoints" / str(step)
+        with damage_is_user_error(saved, "delete it to go on from the one before"):
+            found = self._states.restore(
+                step,
+                args=args.Composite(
+                    state=args.PyTreeRestore(abstract, restore_args=how), rest=args.JsonRestore()
+                ),
+            )
         best = found.rest["best"] and tuple(found.rest["best"])
         self._needed = best[1] if best else 0
         return found.state, found.rest["position"], best
@@ -107,9 +111,9 @@ class Checkpoints:
         self._best.wait_until_finished()
         abstract = _abstract(trained)
         how = self._ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self._best.restore(
-            step, args=self._ocp.args.PyTreeRestore(abstract, restore_args=how)
-        )
+        args = self._ocp.args.PyTreeRestore(abstract, restore_args=how)
+        with damage_is_user_error(self._directory / "best" / str(step)):
+            return self._best.restore(step, args=args)
 
     def forget_best(self) -> None:
         self._best.close()

@@ -35,7 +35,7 @@ from etils import epath
 from llama_jax.chat import Message, common_prefix, encode_chat
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import UserError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.tokenizer import Tokenizer, valid
 
 if TYPE_CHECKING:
     import grain
@@ -211,7 +211,7 @@ def texts(path: epath.PathLike) -> Iterator[str]:
     for line, row in _read_rows(path, text)[1]:
         for string in _strings(row):
             with _at(path, line):
-                _check_unicode(string)
+                valid(string)
             yield from string.splitlines()
 
 
@@ -426,15 +426,6 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _strings(part)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the text has a lone surrogate at character {error.start}, expected Unicode text"
-        ) from None
 
 
 def _messages(row: dict[str, Any], key: str) -> list[Message]:

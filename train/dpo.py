@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config, args.beta, label_smoothing=args.label_smoothing, remat=args.remat
         ),
         learning_rate=5e-5,
-        perplexity=False,
+        reference=True,
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
 from infer import plot
@@ -217,13 +216,6 @@ def make_run(
     )
 
 
-def refuse_taken(args: argparse.Namespace) -> None:
-    """Raises `UserError` where `--output` is not free, before anything is read."""
-    there = epath.Path(args.output)
-    if not args.resume and there.exists():
-        Run(args.output, "", {}).refuse()
-
-
 def texts(tokenizer: Tokenizer) -> Callable[[Batch], list[str]]:
     """What the examples of a batch say, each text that is packed in a row for itself."""
 
@@ -241,14 +233,18 @@ def texts(tokenizer: Tokenizer) -> Callable[[Batch], list[str]]:
     return say
 
 
-def flops_per_token(config: LlamaConfig, seq_len: int, adapters: int | None) -> float:
+def flops_per_token(
+    config: LlamaConfig, seq_len: int, adapters: int | None, *, reference: bool = False
+) -> float:
     """Floating-point operations that a step needs for one token, recomputation left out.
 
     Args:
       adapters: parameters in adapters, where these alone learn; None where all do.
+      reference: whether the base computes the same tokens once more, forward, as in DPO.
     """
     table = config.vocab_size * config.dim
     weights = config.count_parameters() - (0 if config.tie_embeddings else table)
     passes = 3 if adapters is None else 2  # forward, to the activations, to the weights
-    attention = 3 * 2 * seq_len * config.n_layers * config.n_heads * config.head_dim
-    return 2.0 * passes * weights + attention + 6 * (adapters or 0)
+    attention = 2 * seq_len * config.n_layers * config.n_heads * config.head_dim
+    again = int(reference)
+    return 2.0 * (passes + again) * weights + (3 + again) * attention + 6 * (adapters or 0)

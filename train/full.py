@@ -47,7 +47,7 @@ from llama_jax.model import Llama, Params, unstack
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from train import flags
 from train.data import pack, read, texts
-from train.loop import Task, fit
+from train.loop import Task, fit, refuse_taken
 from train.losses import next_token
 from train.stacked import stack_layers
 
@@ -142,10 +142,7 @@ def new_params(config: LlamaConfig, seed: int, mesh: Mesh | None = None) -> Para
         tokens = jnp.zeros((1, 1), jnp.int32)
         return Llama(config).init(jax.random.key(seed), tokens)["params"]
 
-    place: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if mesh is not None:
-        place = sharding.shardings(jax.eval_shape(make), mesh)
-    return jax.jit(make, out_shardings=place)()
+    return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make), mesh))()
 
 
 def read_config(path: str) -> LlamaConfig:
@@ -210,7 +207,8 @@ def on_hosts(params: Params, dtype: Any) -> Params:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; raises `UserError` for what the user can mend."""
     args = parse(arguments)
-    flags.refuse_taken(args)
+    if not args.resume:
+        refuse_taken(args.output)
     keep_compilations()
     join_processes()
     with tempfile.TemporaryDirectory() as folder:
@@ -224,6 +222,7 @@ def train(args: argparse.Namespace, source: Source) -> None:
     """Trains `source` as the command line says."""
     config, scratch = source.config, args.checkpoint is None
     args.seq_len = flags.seq_len(args, config)
+    args.dtype = flags.compute_dtype(args.dtype).name
     mesh = flags.make_mesh(args, config)
     rows, validation = flags.read_all(
         args,
@@ -246,7 +245,8 @@ def train(args: argparse.Namespace, source: Source) -> None:
         b2=0.95 if scratch else 0.999,
     )
     settings = flags.make_run(args, "model", rows, validation, steps, source.model)
-    settings.refuse()
+    if settings.is_finished():
+        return
     params = source.params(mesh)
     if args.scan:
         params = stack_layers(params, mesh)
@@ -274,7 +274,7 @@ def train(args: argparse.Namespace, source: Source) -> None:
             accumulate=args.accumulate,
             steps=steps,
             epochs=epochs,
-            dtype=flags.compute_dtype(args.dtype),
+            dtype=jnp.dtype(args.dtype),
             seed=args.seed,
             dropout=args.dropout > 0,
             mesh=mesh,

@@ -31,10 +31,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llama_jax import lora, sharding
-from llama_jax.checkpoint import format_bytes, quiet, refuse_small_memory
+from llama_jax.checkpoint import absolute, format_bytes, quiet, refuse_small_memory
 from llama_jax.command import is_first_process, report
 from llama_jax.errors import UserError
 from llama_jax.model import Params
+from llama_jax.quant import Quantized
 from train.checkpoints import Checkpoints
 from train.data import Rows, batches, in_order
 from train.losses import Batch, Loss
@@ -49,12 +50,11 @@ from train.placement import (
     own_part,
     state_shardings,
 )
-from train.progress import Sight
-from train.step import State, cast, init_state, make_step
+from train.progress import METRICS, Sight
+from train.step import LossScale, State, cast, init_state, make_step
 
 SETTINGS = "settings.json"
 TERMINATED = 128 + signal.SIGTERM  # exit status
-SMALLEST_SCALE = 1.0  # of a float16 loss: where even that overflows nothing helps
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,18 @@ class Run:
 
     @property
     def directory(self) -> epath.Path:
-        path = epath.Path(self.output)
-        return path if "://" in self.output else epath.Path(os.path.abspath(path))
+        return absolute(self.output)
 
-    def refuse(self) -> None:
-        """Raises `UserError` where `output` is not free, or not of the run that is to go on."""
-        there = self.directory
-        if there.exists() and not there.is_dir():
-            raise UserError(f"--output {self.output} is a file, expected a new directory")
-        if not there.exists() or all(path.name.startswith(".") for path in there.iterdir()):
-            return
-        if not self.resume:
-            raise UserError(
-                f"--output {self.output} exists already; add --resume to go on with that run, or "
-                "name a new directory"
-            )
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do, which it says.
+
+        Raises `UserError` where `output` is not free, or not of the run that is to go on.
+        """
+        if not self.resume or is_free(self.output):
+            refuse_taken(self.output)
+            return False
         try:
-            before = json.loads((there / SETTINGS).read_text())
+            before = json.loads((self.directory / SETTINGS).read_text())
         except (OSError, ValueError):
             raise UserError(
                 f"--resume: {self.output} has no readable {SETTINGS}, so it is not the output of a "
@@ -136,10 +131,27 @@ class Run:
                 f"--resume: {self.output} was begun with other settings: {'; '.join(differ)}; give "
                 "the same, or another --output"
             )
+        result = self.directory / self.result
+        if result.exists():
+            report(f"{result} is there: this run is finished")
+        return result.exists()
 
-    @property
-    def finished(self) -> bool:
-        return (self.directory / self.result).exists()
+
+def is_free(output: str) -> bool:
+    """Whether there is nothing in the way of a new run; raises `UserError` for a file."""
+    there = absolute(output)
+    if there.exists() and not there.is_dir():
+        raise UserError(f"--output {output} is a file, expected a new directory")
+    return not there.exists() or all(path.name.startswith(".") for path in there.iterdir())
+
+
+def refuse_taken(output: str) -> None:
+    """Raises `UserError` where a new run cannot have `output`."""
+    if not is_free(output):
+        raise UserError(
+            f"--output {output} exists already; add --resume to go on with that run, or name a new "
+            "directory"
+        )
 
 
 def fit(
@@ -154,12 +166,9 @@ def fit(
       save: writes the result directory from the parameters that learn, called in all processes.
       texts: what the examples of a batch say, to be written down where a loss is no number.
 
-    Raises `UserError` where the disk fills up, memory is too small, or a loss is no number.
+    Raises `UserError` where the disk fills up, memory is too small, or a loss is no number. That
+    `run` can begin was asked before (`Run.is_finished`).
     """
-    run.refuse()
-    if run.finished:
-        report(f"{run.directory / run.result} is there: this run is finished")
-        return
     part = own_part(task.batch, task.mesh)
     program = compile_programs(task)
     report(describe(task, program))
@@ -168,6 +177,7 @@ def fit(
     with (
         quiet(),
         _full_disk(directory),
+        _too_large(),
         Checkpoints(directory, run.keep) as checkpoints,
         Sight(directory, task.steps, task.flops, program.devices, run.tensorboard) as sight,
         terminated() as stop,
@@ -179,13 +189,12 @@ def fit(
             seed=task.seed,
             epochs=task.epochs,
             micro=task.accumulate,
-            part=part.part,
-            parts=part.parts,
+            part=part.index,
+            parts=part.count,
         )
         if position is not None:
             windows.set_state(position)
         done = int(state.step)
-        rate = learning_rate(task.optimizer, task.steps)
         ahead = program.devices[0].platform != "cpu"  # which computes before it returns
         sight.begin(done)
         pending: tuple[int, Any, Any] | None = None
@@ -200,7 +209,7 @@ def fit(
             values = {name: value.item() for name, value in jax.device_get(metrics).items()}
             if not _sound(values):
                 _give_up(task, run, step, values, before, texts)
-            sight.step(step, values, np.asarray(rate(step - 1)).item())
+            sight.step(step, values)
 
         while done < task.steps:
             before = windows.get_state()
@@ -234,12 +243,15 @@ def fit(
         if best is not None and best[1] != done:
             trained = checkpoints.restore_best(best[1], trained)
             chosen = f", of step {best[1]} with the lowest validation loss"
-        save(directory / run.result, trained)
+        try:
+            save(directory / run.result, trained)
+        finally:
+            _wait_for_all("saved")  # an end of the others would be the end of the one that writes
         checkpoints.forget_best()
     if is_first_process() and run.plot:
         from train.plot import draw
 
-        draw(directory / "metrics.jsonl", run.plot)
+        draw(directory / METRICS, run.plot)
     report(f"wrote {directory / run.result}{chosen}")
 
 
@@ -251,21 +263,26 @@ def _due(task: Task, run: Run, done: int) -> bool:
 def _begin(run: Run) -> None:
     """Makes the output directory of all processes."""
     directory = run.directory
+    _wait_for_all("free")  # all have seen that it is
     if is_first_process():
         with _full_disk(directory):
             directory.mkdir(parents=True, exist_ok=True)
             file = directory / f".{SETTINGS}"
             file.write_text(json.dumps(run.settings, indent=2) + "\n")
             file.replace(directory / SETTINGS)
+    _wait_for_all("begun")
+    if not (directory / SETTINGS).exists():
+        raise UserError(
+            f"--output {run.output} is not the same directory on all hosts; name one that they "
+            "share, such as gs://BUCKET/NAME"
+        )
+
+
+def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("output")
-        if not (directory / SETTINGS).exists():
-            raise UserError(
-                f"--output {run.output} is not the same directory on all hosts; name one that they "
-                "share, such as gs://BUCKET/NAME"
-            )
+        multihost_utils.sync_global_devices(what)
 
 
 # Programs
@@ -275,13 +292,12 @@ def _begin(run: Run) -> None:
 class Programs:
     """What is compiled for a task."""
 
-    step: Any  # (state, frozen, window) -> (state, metrics)
+    step: Any  # `train.step.make_step`'s, with "tokens" and "learning_rate" among the metrics
     evaluate: Any  # (trained, frozen, batch) -> `train.losses.Sums`
     state: Callable[[], State]  # before the first step
     mesh: Mesh | None
     devices: list[Any]
-    temporary: int  # bytes on a device beside parameters and state
-    needed: int  # with them
+    needed: int  # bytes on a device
 
     def place(self, batch: dict[str, np.ndarray]) -> Batch:
         """This process's part of a batch or window, as arrays over all devices."""
@@ -301,6 +317,7 @@ def compile_programs(task: Task) -> Programs:
     Raises `UserError` where the devices have too little memory for them.
     """
     first = jax.local_devices()[0]
+    rate = learning_rate(task.optimizer, task.steps)
     optimizer = make_optimizer(task.optimizer, task.steps, task.learns)
     abstract = jax.eval_shape(lambda p: init_state(p, optimizer, task.dtype), task.trained)
     places = state_shardings(abstract, task.trained, task.mesh)
@@ -317,8 +334,9 @@ def compile_programs(task: Task) -> Programs:
     )
 
     def step(state: State, frozen: Params, window: Batch) -> Any:
-        state, metrics = plain(state, frozen, window)
-        return state, metrics | {"tokens": jax.numpy.sum(window["segments"] != 0)}
+        new, metrics = plain(state, frozen, window)
+        tokens = jax.numpy.sum(window["segments"] != 0)
+        return new, metrics | {"tokens": tokens, "learning_rate": rate(state.step)}
 
     def evaluate(trained: Params, frozen: Params, batch: Batch) -> Any:
         return task.loss(cast(lora.join(trained, frozen), task.dtype), batch, None)
@@ -341,12 +359,12 @@ def compile_programs(task: Task) -> Programs:
         kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
         needed = memory.argument_size_in_bytes + kept + temporary
     devices = [first] if task.mesh is None else list(task.mesh.devices.flat)
-    own = [device for device in devices if device.process_index == jax.process_index()]
+    fresh = temporary + sharding.device_bytes(placed.replace(trained=None))
     refuse_small_memory(
-        dict.fromkeys(own, temporary),
+        dict.fromkeys(filter(_is_own, devices), fresh),
         f"a step of {task.accumulate} x {rows[0]} rows of {rows[1]} (--batch, --seq-len, --remat full)",
     )
-    return Programs(compiled, evaluated, state, task.mesh, devices, temporary, needed)
+    return Programs(compiled, evaluated, state, task.mesh, devices, needed)
 
 
 @contextlib.contextmanager
@@ -367,7 +385,7 @@ def _too_large() -> Iterator[None]:
 def describe(task: Task, programs: Programs) -> str:
     """One line: what learns, on how much, in which memory."""
     learns = sum(leaf.size for leaf in jax.tree.leaves(task.trained))
-    others = jax.tree.leaves(task.frozen, is_leaf=lambda x: hasattr(x, "dequantize"))
+    others = jax.tree.leaves(task.frozen, is_leaf=lambda x: isinstance(x, Quantized))
     total = learns + sum(math.prod(leaf.shape) for leaf in others)
     rows = task.rows
     T = rows.tokens.shape[1]
@@ -391,7 +409,7 @@ def evaluate(task: Task, programs: Programs, trained: Params, part: Part) -> dic
     """Of the validation examples the mean loss, what else it sums up, and the weight of it all."""
     assert task.validation is not None
     sums: Any = None
-    for batch in in_order(task.validation, task.batch, part=part.part, parts=part.parts):
+    for batch in in_order(task.validation, task.batch, part=part.index, parts=part.count):
         found = programs.evaluate(trained, task.frozen, programs.place(batch))
         found = jax.tree.map(lambda x: x.item(), jax.device_get(found))  # added up in float64
         sums = found if sums is None else jax.tree.map(lambda a, b: a + b, sums, found)
@@ -406,7 +424,7 @@ def evaluate(task: Task, programs: Programs, trained: Params, part: Part) -> dic
 def _sound(values: dict[str, float]) -> bool:
     """Whether a step's numbers are numbers; float16 may overflow as long as its scale can fall."""
     if "loss_scale" in values:
-        return not values["skipped"] or values["loss_scale"] > SMALLEST_SCALE
+        return not values["skipped"] or values["loss_scale"] > LossScale.SMALLEST
     return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
 
 
@@ -430,7 +448,7 @@ def _give_up(
     raise UserError(
         f"step {step}: the loss is {values['loss']:g}, the norm of the gradient "
         f"{values['grad_norm']:g}; the texts of its batch are in {file}; look at them, or take a "
-        "smaller --learning-rate; the last checkpoint is intact"
+        "smaller --learning-rate; checkpoints are intact"
     )
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax import lora, sharding
 from llama_jax.adapter import fingerprint, save_adapter
-from llama_jax.checkpoint import load_config, load_params
+from llama_jax.checkpoint import load_config, load_params, load_quantization
 from llama_jax.command import ArgumentParser, join_processes, keep_compilations, run
 from llama_jax.config import LlamaConfig
 from llama_jax.lora import LoraConfig
@@ -22,7 +23,7 @@ from llama_jax.quant import GROUPED, KINDS, Quantization
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 from train import flags
 from train.data import Counts, Rows, pack, read
-from train.loop import Task, fit
+from train.loop import Task, fit, refuse_taken
 from train.losses import Loss, next_token
 from train.stacked import stack_layers
 
@@ -102,10 +103,8 @@ def new_adapters(
     def make() -> Params:
         return lora.adapters(lora.add(abstract, config, jax.random.key(seed)))
 
-    place: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if mesh is not None:
-        place = sharding.shardings(jax.eval_shape(make), mesh)
-    return lora.split(lora.attach(base, jax.jit(make, out_shardings=place)()))
+    places = sharding.shardings(jax.eval_shape(make), mesh)
+    return lora.split(lora.attach(base, jax.jit(make, out_shardings=places)()))
 
 
 def train_adapters(
@@ -115,25 +114,36 @@ def train_adapters(
     loss: Callable[[LlamaConfig], Loss],
     *,
     learning_rate: float,
-    perplexity: bool,
+    reference: bool,
 ) -> None:
-    """Trains adapters on what `read` and `pack` make of the data files, for `loss`."""
+    """Trains adapters on what `read` and `pack` make of the data files, for `loss`.
+
+    Args:
+      learning_rate: the largest, by default.
+      reference: whether the loss compares with the base, and is no perplexity's logarithm.
+    """
     adapters = lora_config(args)
     quantize = quantization(args)
-    flags.refuse_taken(args)
+    if not args.resume:
+        refuse_taken(args.output)
     keep_compilations()
     join_processes()
     config = load_config(args.checkpoint)
     tokenizer = load_tokenizer(args.checkpoint)
     args.seq_len = flags.seq_len(args, config)
+    args.dtype = flags.compute_dtype(args.dtype).name
     mesh = flags.make_mesh(args, config)
     rows, validation = flags.read_all(args, lambda path: read(path, tokenizer, config), pack)
     steps, epochs = flags.count_steps(args, rows)
-    mark = fingerprint(args.checkpoint)
-    settings = flags.make_run(args, "adapter", rows, validation, steps, mark)
-    settings.refuse()
-    dtype = flags.compute_dtype(args.dtype)
-    base = load_params(args.checkpoint, dtype=dtype, quantize=quantize, mesh=mesh)
+    optimizer = flags.optimizer_config(
+        args, steps, learning_rate=learning_rate, weight_decay=0.0, b2=0.999
+    )
+    mark, (stored, _) = fingerprint(args.checkpoint), load_quantization(args.checkpoint)
+    model = mark if stored is None else f"{mark} as {stored}"
+    settings = flags.make_run(args, "adapter", rows, validation, steps, model)
+    if settings.is_finished():
+        return
+    base = load_params(args.checkpoint, dtype=args.dtype, quantize=quantize, mesh=mesh)
     trained, frozen = new_adapters(base, adapters, args.seed, mesh)
     del base
     if args.scan:
@@ -148,23 +158,24 @@ def train_adapters(
             learns=lora.is_adapter,
             trained=trained,
             frozen=frozen,
-            optimizer=flags.optimizer_config(
-                args, steps, learning_rate=learning_rate, weight_decay=0.0, b2=0.999
-            ),
+            optimizer=optimizer,
             rows=rows,
             validation=validation,
             batch=args.batch,
             accumulate=args.accumulate,
             steps=steps,
             epochs=epochs,
-            dtype=dtype,
+            dtype=jnp.dtype(args.dtype),
             seed=args.seed,
             dropout=args.dropout > 0,
             mesh=mesh,
             flops=flags.flops_per_token(
-                config, args.seq_len, sum(x.size for x in jax.tree.leaves(trained))
+                config,
+                args.seq_len,
+                sum(x.size for x in jax.tree.leaves(trained)),
+                reference=reference,
             ),
-            perplexity=perplexity,
+            perplexity=not reference,
         ),
         settings,
         save,
@@ -188,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lambda samples: pack(samples, args.seq_len, packing=not args.no_packing),
         lambda config: next_token(config, remat=args.remat),
         learning_rate=2e-4,
-        perplexity=True,
+        reference=False,
     )
 
 

@@ -78,8 +78,12 @@ def make_optimizer(
         "sgd": lambda: optax.chain(
             optax.add_decayed_weights(decay, _is_matrix), optax.sgd(rate, MOMENTUM)
         ),
-        "adafactor": lambda: optax.adafactor(
-            rate, weight_decay_rate=decay or None, weight_decay_mask=_is_matrix
+        # Optax's own decay is not multiplied by the rate; its last step changes the sign.
+        "adafactor": lambda: optax.chain(
+            optax.adafactor(None),
+            optax.scale(-1.0),
+            optax.add_decayed_weights(decay, _is_matrix),
+            optax.scale_by_learning_rate(rate),
         ),
     }[config.name]()
     if config.clip:

@@ -19,8 +19,8 @@ from train.step import State
 class Part:
     """Which rows of every batch this process has."""
 
-    part: int
-    parts: int
+    index: int
+    count: int
 
 
 def everywhere(mesh: Mesh | None) -> Any:
@@ -103,7 +103,7 @@ def global_shape(shape: tuple[int, ...], mesh: Mesh | None) -> tuple[int, ...]:
 
 @functools.cache
 def _parts(mesh: Mesh) -> int:
-    return own_part(sharding.batch_parts(mesh), mesh).parts
+    return own_part(sharding.batch_parts(mesh), mesh).count
 
 
 def lower_step(

@@ -95,8 +95,8 @@ class Sight:
         yield
         self._since += time.perf_counter() - began
 
-    def step(self, step: int, values: dict[str, float], learning_rate: float) -> None:
-        """Of the metrics of `train.step.make_step` and "tokens", those of the window."""
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """`values` of `train.loop.Programs.step`."""
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         values = dict(values)
@@ -112,7 +112,7 @@ class Sight:
             "loss": values.pop("loss"),
             "weight": int(values.pop("weight")),
             "tokens_per_s": round(speed, 1),
-            "learning_rate": learning_rate,
+            "learning_rate": values.pop("learning_rate"),
             **values,
         }
         self._lines.add(line)
@@ -183,6 +183,8 @@ class _Lines:
             self._stream.close()
 
     def add(self, fields: dict[str, Any]) -> None:
+        """Adds a line; JSON has null for what is no finite number."""
+        fields = {name: x if math.isfinite(x) else None for name, x in fields.items()}
         line = json.dumps(fields) + "\n"
         if not self._remote:
             self._stream.write(line)

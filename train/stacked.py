@@ -16,10 +16,7 @@ def stack_layers(params: Params, mesh: Mesh | None) -> Params:
     The arrays of single layers are gone afterwards: two copies of a model may not fit.
     """
     target: Any = jax.eval_shape(stack, params)
-    place: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(lambda _: place, target)
-    if mesh is not None:
-        places = sharding.shardings(target, mesh)
+    places = sharding.shardings(target, mesh)
     names = [f"layers_{i}" for i in range(sum(name.startswith("layers_") for name in params))]
     layers = [jax.tree.leaves(params[name]) for name in names]
     stacked = []

@@ -1,7 +1,7 @@
 """One update of the parameters, as a pure function that is compiled once.
 
-A step takes a window of K micro-batches, adds up gradients and divides by the number of loss
-tokens in the whole window, so K micro-batches are one large batch whatever their padding.
+A step takes a window of K micro-batches, adds up gradients and divides by the weight of the whole
+window (the tokens, or pairs, that count), so K micro-batches are one large batch whatever their padding.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ class LossScale(struct.PyTreeNode):
     good_steps: jax.Array  # int32, since it changed last
 
     INTERVAL = 2000
+    SMALLEST = 1.0  # where even that overflows nothing helps
 
     @classmethod
     def new(cls) -> "LossScale":
@@ -40,7 +41,7 @@ class LossScale(struct.PyTreeNode):
         grows = finite & (self.good_steps + 1 >= self.INTERVAL)
         factor = jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
         return LossScale(
-            jnp.maximum(self.scale * factor, 1.0),
+            jnp.maximum(self.scale * factor, self.SMALLEST),
             jnp.where(finite & ~grows, self.good_steps + 1, 0),
         )
 
@@ -66,14 +67,14 @@ def make_step(
     """The function (state, frozen parameters, window) -> (next state, metrics), to be compiled.
 
     A window is a batch of [K, B, T]. Gradients are of `state.trained` alone and float32.
-    Where a float16 gradient overflows, nothing but the loss scale changes.
+    Where a float16 gradient overflows, only `step` and the loss scale change.
 
     Args:
       dtype: what is computed in; parameters that learn keep their own.
       seed: of dropout; the key of a micro-batch depends on it, the step and its index alone. None
         for no dropout.
 
-    Metrics: the loss and what else `loss` sums up, over the weight; that weight (tokens that count);
+    Metrics: the loss and what else `loss` sums up, over the weight; that weight;
     grad_norm (before it is clipped); and with float16 skipped (1 or 0) and loss_scale.
     """
 
