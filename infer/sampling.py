@@ -8,6 +8,8 @@ The k-th largest logit and the edge of the nucleus are found by bisection over t
 float instead of by sorting the vocabulary: exact, and several times faster on CPU.
 """
 
+import collections
+import zlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -51,17 +53,18 @@ def settings(
 
 
 def row_seeds(seed: int, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(seed, stream) of each prompt: the stream counts earlier copies of the same prompt.
+    """(seed, stream) of each prompt: a checksum of its ids, and 1 more for each earlier copy of it.
 
-    A prompt so draws the same alone and in any batch, and copies of it differ.
+    A prompt so draws the same alone and in any batch, and other prompts and copies of it differ.
 
-      prompts a, b, a -> streams 0, 0, 1
+      prompts a, b, a -> streams crc(a), crc(b), crc(a) + 1
     """
-    seen: dict[tuple[int, ...], int] = {}
+    seen: collections.Counter[int] = collections.Counter()
     pairs = []
-    for prompt in map(tuple, prompts):
-        pairs.append((seed, seen.get(prompt, 0)))
-        seen[prompt] = seen.get(prompt, 0) + 1
+    for prompt in prompts:
+        checksum = zlib.crc32(np.asarray(prompt, np.int32).tobytes())
+        pairs.append((seed, (checksum + seen[checksum]) % 2**32))
+        seen[checksum] += 1
     return pairs
 
 

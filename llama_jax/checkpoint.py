@@ -16,6 +16,7 @@ import collections
 import contextlib
 import errno
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -837,7 +838,14 @@ def _abstract(tree: Params) -> Params:
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
-    """A local path as an absolute one, which Orbax insists on; a remote path as it is."""
+    """A local path as an absolute one, which Orbax insists on; a remote path as it is.
+
+    Raises `UserError` for gs:// without the package that reads it.
+    """
+    if os.fspath(path).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(
+            f"{path} needs gcsfs, which is not installed: python -m pip install 'etils[epath-gcs]'"
+        )
     path = epath.Path(path)
     return epath.Path(os.path.abspath(path)) if _is_local(path) else path
 

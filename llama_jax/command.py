@@ -27,7 +27,15 @@ FLAGS: dict[str, dict[str, Any]] = {  # that mean the same in several commands
     "--mesh": {"metavar": "SIZES", "help": "devices to split over, data=2,tensor=4 (one)"},
 }
 QUANTIZATION_FLAGS = ("--quantize-embeddings", "--group-size", "--double-quantization")
-USERS_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+USERS_ERRNO = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):

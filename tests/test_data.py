@@ -140,7 +140,7 @@ def test_alpaca_rows_are_the_published_text_and_only_the_answer_counts(
     read_tokens = sum(len(sample.ids) - 1 for sample in samples)
     learnt = sum(sample.counts.sum() for sample in samples)
     assert counts == data.Counts(3, 0, 0, read_tokens, learnt)
-    assert str(counts) == f"3 samples, {read_tokens} tokens, {learnt} count"
+    assert str(counts) == f"3 samples, {read_tokens} tokens, {learnt} to learn"
 
 
 @pytest.mark.parametrize("version", ["2", "3"])

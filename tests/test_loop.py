@@ -26,7 +26,7 @@ from llama_jax import sharding
 from llama_jax.checkpoint import abstract, load_params
 from llama_jax.errors import UserError
 from llama_jax.lora import everything
-from train import checkpoints, full, loop, lora, placement, progress
+from train import checkpoints, full, lora, placement, progress
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.step import init_state
 
@@ -36,6 +36,8 @@ CONFIG = dataclasses.replace(
 )
 SECONDS = 120  # for a process to get somewhere
 KILLS = 6
+TERMINATED = 128 + signal.SIGTERM
+loop_all_finite = loop._all_finite
 STEPS = 60
 RUN = ["--seq-len", "16", "--batch", "2", "--accumulate", "2", "--dropout", "0.1"]
 LONG = ["--steps", str(STEPS), "--save-every", "3", "--validation", "0.2", "--eval-every", "5"]
@@ -134,16 +136,17 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(start, uninterrupted, tmp_p
         assert found[name] == expected[name]
 
 
-def test_sigterm_saves_first(start, uninterrupted, tmp_path):
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(start, uninterrupted, tmp_path, ends):
     output = tmp_path / "out"
     flags = [*LONG[:2], "--save-every", "1000", *LONG[4:]]
     process = start(output, *flags)
     wait_for_step(process, output, 7)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(SECONDS) == loop.TERMINATED == 143
+    process.send_signal(ends)
+    assert process.wait(SECONDS) == 128 + ends
     *_, last = said(output).read_text().splitlines()
     step = int(last.split()[3])
-    assert last == f"SIGTERM: saved step {step} of {STEPS}; go on with --resume"
+    assert last == f"{ends.name}: saved step {step} of {STEPS}; go on with --resume"
     assert [path.name for path in (output / "checkpoints").iterdir()] == [str(step)]
     process = start(output, *flags, "--resume")
     assert process.wait(SECONDS) == 0, said(output).read_text()
@@ -245,6 +248,24 @@ def test_a_line_of_metrics_is_json_whatever_overflows(tmp_path):
         "grad_norm": None,
         "margin": None,
     }
+
+
+@pytest.mark.parametrize("parts", [("file", "x"), ("file", "x", "y")])
+def test_an_output_that_cannot_be_made_is_told(given, tmp_path, parts, capsys):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot be made: .*file is no directory"):
+        run(given, tmp_path.joinpath(*parts), "--steps", "2")
+    assert capsys.readouterr().err == ""
+
+
+def test_parameters_that_are_no_numbers_are_not_written(given, tmp_path, monkeypatch):
+    """The last update is in no loss."""
+    monkeypatch.setattr(loop, "_all_finite", lambda _: jnp.array(False))
+    with pytest.raises(UserError, match="after step 2 parameters are no finite numbers"):
+        run(given, tmp_path / "out", "--steps", "2")
+    assert not (tmp_path / "out/adapter").exists()
+    assert not loop_all_finite({"a": jnp.array([1.0, jnp.inf]), "b": None})
+    assert loop_all_finite({"a": jnp.array([1.0, 2.0]), "b": None})
 
 
 def test_something_else_is_not_gone_on_with(given, tmp_path):
@@ -401,7 +422,7 @@ def test_two_processes_have_the_losses_of_one(given, tmp_path):
     started = start_two(tmp_path, [("full", whole), ("lora", adapters)])
     wait_for_step(started[0], tmp_path / "lora", 3)
     started[1].send_signal(signal.SIGTERM)
-    first, second = join_two(tmp_path, started, loop.TERMINATED)
+    first, second = join_two(tmp_path, started, TERMINATED)
     # XLA notes that the signal came, and what it thinks of so small a model
     assert [line for line in second.splitlines() if not re.match(r"W\d{4} ", line)] == []
     step = int(first.splitlines()[-1].split()[3])

@@ -152,9 +152,12 @@ def test_learning_rates(schedule, expected):
     [
         ({"name": "adam"}, "'adam' is unknown; choose from adamw, lion, sgd, adafactor"),
         ({"schedule": "step"}, "'step' is unknown; choose from cosine, linear, constant"),
-        ({"learning_rate": 0.0}, "learning rate is 0.0, expected more than 0"),
+        ({"learning_rate": 0.0}, "learning rate is 0.0, expected more than 0 and finite"),
         ({"learning_rate": float("nan")}, "learning rate is nan, expected more than 0"),
+        ({"learning_rate": float("inf")}, "learning rate is inf, expected more than 0 and finite"),
         ({"clip": -1}, "clip norm is -1, expected 0 or more"),
+        ({"clip": float("nan")}, "clip norm is nan, expected 0 or more and finite"),
+        ({"weight_decay": float("inf")}, "weight decay is inf, expected 0 or more and finite"),
     ],
 )
 def test_what_makes_no_sense_is_refused(fields, message):

@@ -276,10 +276,14 @@ def test_seed_stream_and_step_each_change_the_draw():
 
 def test_row_seeds_count_copies_of_a_prompt():
     a, b = [1, 2, 3], [1, 2]
-    assert row_seeds(7, [a, b, a]) == [(7, 0), (7, 0), (7, 1)]
-    assert row_seeds(7, [a]) == [(7, 0)]
-    assert row_seeds(7, [a, a, b, b, a]) == [(7, 0), (7, 1), (7, 0), (7, 1), (7, 2)]
-    assert row_seeds(0, [tuple(a), a]) == [(0, 0), (0, 1)]
+    (seed, of_a), (_, of_b), again = row_seeds(7, [a, b, a])
+    assert seed == 7
+    assert of_a != of_b
+    assert again == (7, of_a + 1)
+    assert row_seeds(7, [a]) == [(7, of_a)]
+    streams = [of_a, of_a + 1, of_b, of_b + 1, of_a + 2]
+    assert row_seeds(7, [a, a, b, b, a]) == [(7, stream) for stream in streams]
+    assert row_seeds(0, [tuple(a), a]) == [(0, of_a), (0, of_a + 1)]
     assert row_seeds(0, []) == []
 
 

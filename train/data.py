@@ -82,7 +82,9 @@ class Counts:
     loss_tokens: int  # that are predicted and count
 
     def __str__(self) -> str:
-        line = f"{self.rows - self.empty} samples, {self.tokens} tokens, {self.loss_tokens} count"
+        line = (
+            f"{self.rows - self.empty} samples, {self.tokens} tokens, {self.loss_tokens} to learn"
+        )
         if self.truncated:
             line += f"; {self.truncated} cut to the sequence length"
         if self.empty:

@@ -4,6 +4,7 @@ The reference model is the base itself, without the adapters, so it takes no mem
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 
 from llama_jax.command import ArgumentParser, run
@@ -37,8 +38,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
     check_adapters(parser, args)
-    if not args.beta > 0:
-        parser.error(f"--beta is {args.beta}, expected more than 0")
+    if not 0 < args.beta < math.inf:
+        parser.error(f"--beta is {args.beta}, expected more than 0 and finite")
     if not 0 <= args.label_smoothing < 0.5:
         parser.error(f"--label-smoothing is {args.label_smoothing}, expected 0 to below 0.5")
     return args

@@ -87,13 +87,18 @@ def check_shared(parser: ArgumentParser, args: argparse.Namespace) -> None:
         keep=1,
         eval_every=1,
     )
+    rate, decay = args.learning_rate, args.weight_decay
     for name, valid, expected in (
+        ("learning_rate", rate is None or 0 < rate < math.inf, "more than 0 and finite"),
+        ("weight_decay", decay is None or 0 <= decay < math.inf, "0 or more and finite"),
+        ("clip", 0 <= args.clip < math.inf, "0 or more and finite"),
         ("dropout", 0 <= args.dropout < 1, "0 to below 1"),
         ("warmup", 0 <= args.warmup < math.inf, "0 or more"),
         ("seed", 0 <= args.seed < 2**32, "0 to 4294967295"),
     ):
         if not valid:
-            parser.error(f"--{name} is {getattr(args, name)}, expected {expected}")
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} is {getattr(args, name)}, expected {expected}")
     if args.epochs is not None and args.steps is not None:
         parser.error("both --epochs and --steps given, expected one of them")
     if args.eval_every is not None and args.validation is None:
@@ -141,14 +146,14 @@ def read_all(
         report(f"{path}: {counts}")
         return found
 
+    share = None if args.validation is None else _share(args.validation)
+    validation = None
+    if args.validation is not None and share is None:
+        validation = samples(args.validation)
     training = samples(args.data)
-    if args.validation is None:
-        return pack(training), None
-    share = _share(args.validation)
-    if share is None:
-        return pack(training), pack(samples(args.validation))
-    training, validation = split(training, share)
-    return pack(training), pack(validation)
+    if share is not None:
+        training, validation = split(training, share)
+    return pack(training), None if validation is None else pack(validation)
 
 
 def _share(given: str) -> float | None:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from llama_jax.command import (
     is_first_process,
     join_processes,
     keep_compilations,
+    report,
     run,
 )
 from llama_jax.config import LlamaConfig, get_preset
@@ -125,6 +127,8 @@ def new_source(args: argparse.Namespace, folder: Path) -> Source:
     config = get_preset(args.preset) if args.preset else read_config(args.config)
     file = folder / "tokenizer.model"
     file.write_bytes(train_tokenizer(args.data, args.train_tokenizer))
+    if config.version != "2":
+        report(f"version {config.version} is of another tokenizer; the new model has version 2")
     config = dataclasses.replace(config, vocab_size=args.train_tokenizer, version="2")
 
     def params(mesh: Mesh | None) -> Params:
@@ -180,7 +184,12 @@ def train_tokenizer(path: str, vocab_size: int) -> bytes:
             max_sentence_length=LONGEST_LINE,
             minloglevel=2,
         )
-    except RuntimeError:  # SentencePiece's, where a text has too few different pieces
+    except RuntimeError as error:
+        if least := re.search(r"required_chars.*?\d+ vs (\d+)", str(error)):
+            raise UserError(
+                f"--train-tokenizer is {vocab_size}, but the characters of {path} and all bytes "
+                f"are {least[1]} pieces; take more than that"
+            ) from None
         raise UserError(
             f"{path} is too short to learn {vocab_size} pieces from; take a longer text, or a "
             "smaller --train-tokenizer"

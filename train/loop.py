@@ -10,7 +10,7 @@ What a run leaves in its output directory:
 
 With validation the result has the parameters with the lowest validation loss, otherwise the last
 ones. SIGTERM saves a checkpoint and ends the run with status 143, in all processes at the same
-step. A run that goes on, on one CPU or on devices whose sums have one order, computes the same
+step; in a single process Ctrl-C does (130), and a second one ends it at once. A run that goes on, on one CPU or on devices whose sums have one order, computes the same
 numbers as one that was never interrupted.
 """
 
@@ -54,7 +54,7 @@ from train.progress import METRICS, Sight
 from train.step import LossScale, State, cast, init_state, make_step
 
 SETTINGS = "settings.json"
-TERMINATED = 128 + signal.SIGTERM  # exit status
+ENDS = (signal.SIGTERM, signal.SIGINT)  # after which a run saves and ends
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,8 @@ class Run:
         """
         if not self.resume or is_free(self.output):
             refuse_taken(self.output)
+            if self.resume:
+                report(f"--resume: nothing is in {self.output} yet, the run begins")
             return False
         try:
             before = json.loads((self.directory / SETTINGS).read_text())
@@ -134,7 +136,15 @@ class Run:
         result = self.directory / self.result
         if result.exists():
             report(f"{result} is there: this run is finished")
+            self.draw()
         return result.exists()
+
+    def draw(self) -> None:
+        """Writes the picture that was asked for."""
+        if self.plot and is_first_process():
+            from train.plot import draw
+
+            draw(self.directory / METRICS, self.plot)
 
 
 def is_free(output: str) -> bool:
@@ -147,6 +157,11 @@ def is_free(output: str) -> bool:
 
 def refuse_taken(output: str) -> None:
     """Raises `UserError` where a new run cannot have `output`."""
+    parent = absolute(output)
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not (parent.is_dir() or "://" in output):
+        raise UserError(f"--output {output} cannot be made: {parent} is no directory; name another")
     if not is_free(output):
         raise UserError(
             f"--output {output} exists already; add --resume to go on with that run, or name a new "
@@ -221,7 +236,7 @@ def fit(
             if not ahead:
                 settle()
             last = done == task.steps
-            stopped = not last and stop(done)
+            stopped = None if last else stop(done)
             if last or stopped or done % run.save_every == 0 or _due(task, run, done):
                 settle()
             if task.validation is not None and (last or _due(task, run, done)):
@@ -237,22 +252,29 @@ def fit(
                     checkpoints.save(done, state, windows.get_state(), best)
             if stopped:
                 checkpoints.wait()
-                report(f"SIGTERM: saved step {done} of {task.steps}; go on with --resume")
-                sys.exit(TERMINATED)
+                report(f"{stopped.name}: saved step {done} of {task.steps}; go on with --resume")
+                sys.exit(128 + stopped)
         trained, chosen = state.trained, ""
         if best is not None and best[1] != done:
             trained = checkpoints.restore_best(best[1], trained)
             chosen = f", of step {best[1]} with the lowest validation loss"
+        if not jax.jit(_all_finite)(trained):
+            raise UserError(
+                f"after step {done} parameters are no finite numbers; take a smaller --learning-rate"
+            )
         try:
             save(directory / run.result, trained)
         finally:
             _wait_for_all("saved")  # an end of the others would be the end of the one that writes
         checkpoints.forget_best()
-    if is_first_process() and run.plot:
-        from train.plot import draw
-
-        draw(directory / METRICS, run.plot)
+    run.draw()
     report(f"wrote {directory / run.result}{chosen}")
+
+
+def _all_finite(tree: Params) -> jax.Array:
+    return jax.numpy.all(
+        jax.numpy.stack([jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+    )
 
 
 def _due(task: Task, run: Run, done: int) -> bool:
@@ -266,7 +288,10 @@ def _begin(run: Run) -> None:
     _wait_for_all("free")  # all have seen that it is
     if is_first_process():
         with _full_disk(directory):
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # of /proc and the like
+                raise UserError(f"--output {run.output} cannot be made; name another") from None
             file = directory / f".{SETTINGS}"
             file.write_text(json.dumps(run.settings, indent=2) + "\n")
             file.replace(directory / SETTINGS)
@@ -453,8 +478,8 @@ def _give_up(
 
 
 @contextlib.contextmanager
-def terminated() -> Iterator[Callable[[int], bool]]:
-    """Yields `stop(step)`: whether SIGTERM came, the same in all processes.
+def terminated() -> Iterator[Callable[[int], signal.Signals | None]]:
+    """Yields `stop(step)`: which signal came to end the run, the same in all processes.
 
     It is to be called after every step. Several processes agree on a step, which may be a few
     steps later, by the service of `jax.distributed` that catches the signal.
@@ -462,19 +487,22 @@ def terminated() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        yield multihost_utils.reached_preemption_sync_point
+        reached = multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM if reached(step) else None
         return
-    came = False
+    came = None
 
-    def note(*_: Any) -> None:
+    def note(number: int, _: Any) -> None:
         nonlocal came
-        came = True
+        came = signal.Signals(number)
+        signal.signal(came, before[came])
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in ENDS}
     try:
         yield lambda step: came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

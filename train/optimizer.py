@@ -1,5 +1,6 @@
 """Optimizers and learning rates: small chains of Optax, for the leaves that learn alone."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,15 +37,17 @@ class OptimizerConfig:
         ):
             if name not in known:
                 raise UserError(f"the {what} {name!r} is unknown; choose from {', '.join(known)}")
-        if not self.learning_rate > 0:
-            raise UserError(f"the learning rate is {self.learning_rate}, expected more than 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(
+                f"the learning rate is {self.learning_rate}, expected more than 0 and finite"
+            )
         for what, number in (
             ("weight decay", self.weight_decay),
             ("clip norm", self.clip),
             ("warm-up", self.warmup),
         ):
-            if number < 0:
-                raise UserError(f"the {what} is {number}, expected 0 or more")
+            if not 0 <= number < math.inf:
+                raise UserError(f"the {what} is {number}, expected 0 or more and finite")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
