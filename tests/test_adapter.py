@@ -228,6 +228,7 @@ def test_a_killed_save_leaves_nothing_that_loads(tmp_path, params, arrays):
 PROCESS = """
 import sys
 import jax
+from jax.experimental import multihost_utils
 
 address, process, base, output, back = sys.argv[1:]
 jax.distributed.initialize(coordinator_address=address, num_processes=2, process_id=int(process))
@@ -240,6 +241,7 @@ params = llama_jax.load(base, mesh="fsdp=2,tensor=4", lora=output).params
 leaves = jax.tree.leaves(lora.adapters(params))
 assert not all(leaf.is_fully_addressable for leaf in leaves)
 adapter.save_adapter(back, params, LORA, adapter.fingerprint(base), {"tool": "two"})
+multihost_utils.sync_global_devices("saved")
 adapter.load_adapter(back, params, adapter.fingerprint(base))
 """
 
