@@ -60,11 +60,13 @@ class LlamaConfig:
             "head_dim",
             "mlp_dim",
         ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, expected a positive number")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}, expected a positive whole number")
         for name in ("norm_eps", "rope_theta", "context"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}, expected more than 0")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise UserError(f"{name} is {value!r}, expected a number more than 0")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} KV heads evenly"

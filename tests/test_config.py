@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -248,3 +249,18 @@ def test_own_config_is_strict():
         LlamaConfig.from_dict({**fields, "version": "4"})
     with pytest.raises(UserError, match="head_dim is 7"):
         LlamaConfig.from_dict({**fields, "head_dim": 7})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dim": "x"}, "dim is 'x', expected a positive whole number"),
+        ({"n_layers": 2.5}, "n_layers is 2.5, expected a positive whole number"),
+        ({"rope_theta": "x"}, "rope_theta is 'x', expected a number more than 0"),
+        ({"norm_eps": 0}, "norm_eps is 0, expected a number more than 0"),
+    ],
+)
+def test_a_value_of_another_kind_is_told(fields, words):
+    whole = PRESETS["llama-3.2-1b"].to_dict()
+    with pytest.raises(UserError, match=re.escape(words)):
+        LlamaConfig.from_dict(whole | fields)
