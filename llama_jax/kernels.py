@@ -13,12 +13,12 @@ H head dimension. `interpret` runs a Pallas kernel as plain JAX, for tests.
 """
 
 import functools
+import importlib
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as triton_attention
-from jax.experimental.pallas.ops.gpu import decode_attention as triton_decode
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as splash,
 )
@@ -31,6 +31,13 @@ SMALLEST = 128  # fewest queries or keys that are worth a kernel: a row of a TPU
 CAUSAL_BLOCK = 512  # by the compiler's schedules (docs/LOG.md)
 PAST_BLOCK = 1024
 MOST_BLOCKS = 1 << 16  # (head, query block, key block) triples whose table fits a TPU's SMEM
+
+
+def _gpu_module(name: str) -> Any:
+    """A module of JAX's kernels for GPUs, which jax 0.12 calls deprecated but still has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"jax.experimental.pallas.ops.gpu.{name}")
 
 
 class Part(NamedTuple):
@@ -262,7 +269,7 @@ def _triton(
     def repeated(x_BKTH: jax.Array) -> jax.Array:
         return jnp.repeat(jnp.swapaxes(x_BKTH, 1, 2), N // K, axis=2)
 
-    return triton_attention.mha(
+    return _gpu_module("attention").mha(
         q_BTNH,
         repeated(k_BKTH),
         repeated(v_BKTH),
@@ -301,7 +308,7 @@ def triton_past(
     B, K, S, _ = k_BKSH.shape
     R = N // K * T
     splits = TRITON_SPLITS if R <= 64 else 1
-    result: Any = triton_decode.mqa(
+    result: Any = _gpu_module("decode_attention").mqa(
         jnp.swapaxes(q_BTNH, 1, 2).reshape(B * K, R, H),
         k_BKSH.reshape(B * K, S, H),
         v_BKSH.reshape(B * K, S, H),
