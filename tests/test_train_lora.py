@@ -188,8 +188,8 @@ def test_frozen_parameters_are_those_of_the_checkpoint(given):
         (["--seq-len", "65"], "the sequence length is 65, expected 2 to 64"),
         (["--mesh", "fsdp=3"], "--batch is 8, but the mesh splits a batch into 3 parts"),
         (["--mesh", "fsdp=16"], "needs 16 devices"),
-        (["--learning-rate", "0"], "--learning-rate is 0.0, expected more than 0"),
-        (["--clip", "nan"], "--clip is nan, expected 0 or more and finite"),
+        (["--learning-rate", "0"], "the learning rate is 0.0, expected more than 0"),
+        (["--clip", "nan"], "the clip norm is nan, expected 0 or more and finite"),
         (["--plot", "curve.txt"], "--plot is curve.txt, expected a name that ends in"),
     ],
 )

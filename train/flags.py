@@ -87,22 +87,19 @@ def check_shared(parser: ArgumentParser, args: argparse.Namespace) -> None:
         keep=1,
         eval_every=1,
     )
-    rate, decay = args.learning_rate, args.weight_decay
     for name, valid, expected in (
-        ("learning_rate", rate is None or 0 < rate < math.inf, "more than 0 and finite"),
-        ("weight_decay", decay is None or 0 <= decay < math.inf, "0 or more and finite"),
-        ("clip", 0 <= args.clip < math.inf, "0 or more and finite"),
         ("dropout", 0 <= args.dropout < 1, "0 to below 1"),
         ("warmup", 0 <= args.warmup < math.inf, "0 or more"),
         ("seed", 0 <= args.seed < 2**32, "0 to 4294967295"),
     ):
         if not valid:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {getattr(args, name)}, expected {expected}")
+            parser.error(f"--{name} is {getattr(args, name)}, expected {expected}")
     if args.epochs is not None and args.steps is not None:
         parser.error("both --epochs and --steps given, expected one of them")
     if args.eval_every is not None and args.validation is None:
         parser.error("--eval-every is for --validation; add a file or a share such as 0.1")
+    # Its own checks, before anything is read; the defaults of a command pass them.
+    optimizer_config(args, 1, learning_rate=1.0, weight_decay=0.0, b2=0.999)
     if args.plot is not None:
         plot.refuse(args.plot)
     if args.tensorboard:

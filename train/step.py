@@ -1,7 +1,8 @@
 """One update of the parameters, as a pure function that is compiled once.
 
 A step takes a window of K micro-batches, adds up gradients and divides by the weight of the whole
-window (the tokens, or pairs, that count), so K micro-batches are one large batch whatever their padding.
+window (the tokens, or pairs, that count), so K micro-batches are one large batch whatever their
+padding.
 """
 
 from collections.abc import Callable
